@@ -1,0 +1,344 @@
+"""The command line: parses, calls the library, prints.
+
+Torch and transformers take seconds to import, so each command imports what it needs itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import moxe
+from moxe.data.config import DataConfig
+from moxe.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        moxe.load()
+        args.run(args)
+        sys.stdout.flush()
+    except SystemExit as done:  # argparse has printed a help text or the version
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        print("\nmoxe: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        print(f"moxe: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    from moxe.recipe import load_recipe
+    from moxe.training.run import train as run_training
+
+    run_training(load_recipe(args.recipe, args.overrides))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from moxe.data.tokenizer import load_tokenizer
+    from moxe.evaluation.last_word import evaluate_last_word
+    from moxe.evaluation.perplexity import evaluate_perplexity
+    from moxe.models.checkpoint import load_model
+
+    if (args.task == "lambada") == (args.data is not None):
+        raise UserError("say what to evaluate on: --data FILE_OR_FOLDER, or --task lambada, which brings its own data")
+    model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.checkpoint)
+    result = (evaluate_last_word if args.task else evaluate_perplexity)(
+        model,
+        itertools.islice(_texts(args), args.limit),
+        tokenizer,
+        progress=sys.stdout.isatty() and not args.json,
+        **_given(args, "batch_size"),
+    )
+    if args.json:
+        print_json(result.to_dict())
+    else:
+        print_table(f"{args.checkpoint} on {args.data or args.task}", ("", ""), list(result.to_dict().items()))
+
+
+def _texts(args: argparse.Namespace) -> Iterator[str]:
+    from moxe.data.sources import read_documents
+    from moxe.evaluation.last_word import LAMBADA
+
+    read = partial(read_documents, text_field=args.text_field, document_separator=args.document_separator)
+    if args.task == "lambada":
+        return read(LAMBADA["source"], subset=LAMBADA["subset"], split=LAMBADA["split"])
+    return read(args.data)
+
+
+def generate(args: argparse.Namespace) -> None:
+    from moxe.data.tokenizer import load_tokenizer
+    from moxe.evaluation.generation import generate_text
+    from moxe.models.checkpoint import load_model
+
+    generate_text(
+        load_model(args.checkpoint),
+        load_tokenizer(args.checkpoint),
+        args.prompt,
+        streamer=lambda piece: print(piece, end="", flush=True),
+        **_given(args, "max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "seed"),
+    )
+    print()
+
+
+def info(args: argparse.Namespace) -> None:
+    from moxe.models.accounting import count_parameters, flops_per_token, state_bytes
+    from moxe.models.checkpoint import load_config
+    from moxe.recipe import load_recipe
+
+    path = Path(args.model)
+    if path.is_dir():
+        if args.overrides:
+            raise UserError(f"{args.model!r} is a checkpoint, whose {args.overrides[0][0]} is what it is")
+        config = load_config(path)
+    elif len(path.parts) > 1 and not path.exists():
+        raise UserError(f"there is neither a checkpoint folder nor a recipe {args.model!r}")
+    else:
+        config = load_recipe(args.model, args.overrides).model_config()
+    parameters, flops, state = count_parameters(config), flops_per_token(config), state_bytes(config)
+    if args.json:
+        print_json({**parameters.to_dict(), "state_bytes": state, **flops.to_dict()})
+        return
+    rows = [
+        (part, total, parameters.active_by_part[part], flops.by_part[part].total if part in flops.by_part else 0)
+        for part, total in parameters.total_by_part.items()
+        if total
+    ]
+    rows.append(("total", parameters.total_parameters, parameters.active_parameters, flops.flops_per_token))
+    print_table(args.model, ("", "parameters", "active a token", "FLOPs a token"), rows)
+    print(f"A sequence of any length holds {state:,} bytes of state.")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of one command, and as `run` the function that carries it out.
+
+    Raises:
+        UserError: a command, option or value that does not exist or fit.
+        SystemExit: after printing what `--help` or `--version` asks for.
+    """
+    arguments, overrides = split_overrides(argv)
+    parser, commands = _parsers()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
+    name = arguments[0]
+    if not name.startswith("-") and name not in commands:
+        nearest = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(commands)}"
+        raise UserError(f"there is no command {name!r}: {hint}")
+    args, unknown = parser.parse_known_args(arguments)
+    if "overrides" not in args:
+        unknown += [f"--{dotted}" for dotted, _ in overrides]
+    if unknown:
+        raise UserError(f"moxe {args.command} does not take {unknown[0]!r} (see moxe {args.command} --help)")
+    args.overrides = overrides
+    return args
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take `--section.key value` and `--section.key=value` out of the arguments, wherever they stand.
+
+    Raises:
+        UserError: an override without a value.
+    """
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif not argument.startswith("--") or "." not in name:
+            rest.append(argument)
+        else:
+            if not equals:
+                value = next(arguments, "--")
+                if value.startswith("--"):
+                    raise UserError(f"--{name} needs a value: --{name} VALUE or --{name}=VALUE")
+            overrides.append((name, value))
+    return rest, overrides
+
+
+def _parsers() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="moxe",
+        description="Train, evaluate and generate with MoxE, a mixture of xLSTM experts.",
+        epilog="""\
+examples:
+  moxe train default                                    train on text that ships with Python
+  moxe train local-text --data.source corpus.txt        train on your own text
+  moxe eval runs/default --data corpus.txt              perplexity and bits a byte
+  moxe generate runs/default "The function returns"     go on from a prompt
+  moxe info moxe-340m                                   size and cost of a model
+
+`moxe COMMAND --help` says more about a command.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moxe {moxe.__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, summary: str, details: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "train",
+        train,
+        "train a model as a recipe says",
+        """\
+A recipe is YAML with the sections model, data and training. Any setting can be overridden:
+  moxe train default --training.learning_rate 1e-3 --model.num_experts=4
+
+The run writes its weights, tokenizer, metrics and pictures to <training.output_dir>/<name>/.""",
+    )
+    sub.add_argument(
+        "recipe", metavar="RECIPE", help="default, fineweb-edu, local-text, moxe-340m, or the path of a YAML file"
+    )
+    _add_overrides(sub)
+
+    sub = command(
+        "eval",
+        evaluate,
+        "measure a model on text",
+        """\
+Without --task: loss (nats a token), perplexity and bits a byte over all tokens of all documents.
+With --task: perplexity and accuracy of the last word of each text, as LAMBADA measures them.""",
+    )
+    _add_checkpoint(sub)
+    sub.add_argument("--data", metavar="FILE_OR_FOLDER", help="text to evaluate on: .txt, .jsonl or .parquet")
+    sub.add_argument(
+        "--text-field",
+        default=DataConfig.text_field,
+        metavar="NAME",
+        help="field (.jsonl) or column (.parquet) that holds the text (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--document-separator",
+        default=DataConfig.document_separator,
+        metavar="LINE",
+        help="line that ends a document of a .txt file (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--task",
+        choices=("last_word", "lambada"),
+        help="last_word: the last words of the texts of --data; lambada: those of the LAMBADA set on the hub",
+    )
+    sub.add_argument("--batch-size", type=_whole_number(1), metavar="N", help="texts a forward pass, for speed only")
+    sub.add_argument("--limit", type=_whole_number(1), metavar="N", help="only the first N texts")
+    _add_json(sub)
+
+    sub = command("generate", generate, "write on from a prompt, as the model goes")
+    _add_checkpoint(sub)
+    sub.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the new text in tokens (default: 100)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token (default: 1)")
+    sub.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
+    sub.add_argument("--top-p", type=float, metavar="P", help="sample among the fewest tokens that have probability P")
+    sub.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams; prints at the end")
+    sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes sampling repeatable")
+
+    sub = command("info", info, "say how large a model is and what a token costs")
+    sub.add_argument("model", metavar="CHECKPOINT|RECIPE", help="folder of a trained model, or a recipe as for train")
+    _add_overrides(sub)
+    _add_json(sub)
+    return parser, commands.choices
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained model, such as runs/default")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    # `split_overrides` has taken them out before; this line is for the help text.
+    parser.add_argument(
+        "--section.key", dest="overrides", metavar="VALUE", default=[], help="override a setting of the recipe"
+    )
+
+
+def _whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return convert
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the library has the defaults of the others."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """One JSON object; JSON has no infinity and no NaN, so both become null."""
+    print(json.dumps(_finite(result), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A title and names with their numbers: drawn on a terminal, aligned plain text elsewhere."""
+    cells = [[str(row[0]).replace("_", " "), *map(_readable, row[1:])] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, title=title, title_justify="left", show_header=any(header))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in cells:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    lines = [list(header), *cells] if any(header) else cells
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(title)
+    for line in lines:
+        name, *numbers = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join([name.strip().ljust(widths[0]), *numbers]))
+
+
+def _readable(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.4f}"

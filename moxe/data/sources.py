@@ -1,0 +1,274 @@
+"""Where text comes from: the built-in corpus, local files, the Hugging Face hub. Everything is read lazily."""
+
+import glob
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moxe.data.builtin import builtin_documents, builtin_files
+from moxe.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder, IterableDataset
+
+BUILTIN = "builtin"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+KINDS_OF_SOURCE = (
+    f'"{BUILTIN}", a file, folder or glob of {", ".join(SUFFIXES)}, or the name "owner/name" of a data set on the '
+    "Hugging Face hub"
+)
+
+# Called with the number of bytes of the source that were read since the last call; drives progress bars.
+Advance = Callable[[int], None]
+
+
+def read_documents(
+    source: str,
+    *,
+    text_field: str,
+    document_separator: str,
+    subset: str | None = None,
+    split: str = "train",
+    advance: Advance | None = None,
+) -> Iterator[str]:
+    """The documents of a source, one by one, in a fixed order; documents of white space alone are left out.
+
+    Args:
+        source: "builtin"; a file, folder (searched with its sub-folders) or glob of .txt, .jsonl or .parquet files,
+            read in the order of their paths; or the name "owner/name" of a data set on the hub, which is streamed.
+        text_field: field (.jsonl) or column (.parquet, hub) that holds the text.
+        document_separator: line that ends a document in a .txt file, surrounding white space aside; the end of the
+            file ends one too, so a .txt file without such a line is one document. "" cuts at blank lines.
+        subset, split: configuration name and split of a hub data set.
+        advance: called with the number of bytes read from local files since the last call.
+
+    Raises:
+        UserError: for a source that does not exist or holds no text, at once; for one that cannot be read as text,
+            when reading comes to it, with the file and the byte, line or row.
+    """
+    if source == BUILTIN:
+        return iter(builtin_documents())
+    files = find_files(source)
+    if files is None:
+        return hub_documents(open_hub_stream(source, subset, split), source, text_field)
+    return chain.from_iterable(_read_file(file, text_field, document_separator, advance) for file in files)
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is the name of a data set on the hub, and no file, folder or glob here."""
+    return source != BUILTIN and find_files(source) is None
+
+
+def find_files(source: str) -> list[Path] | None:
+    """The files a source is read from, sorted; None: it is the name of a data set on the hub.
+
+    Raises:
+        UserError: if the source is neither, or its folder or glob has no file of a kind that can be read.
+    """
+    if source == BUILTIN:
+        return builtin_files()
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            return _readable([path], f"The data file {source!r}")
+        if path.is_dir():
+            return _readable(_visible_files(path), f"The folder {source!r}")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"The data source {source!r} cannot be read: {error.strerror}.") from error
+    if glob.has_magic(source):
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        return _readable([match for match in matches if match.is_file()], f"The pattern {source!r}")
+    if path.suffix in SUFFIXES or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source):
+        raise UserError(f"The data source {source!r} does not exist; give {KINDS_OF_SOURCE}.")
+    return None
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _readable(files: list[Path], what: str) -> list[Path]:
+    kept = sorted(path for path in files if path.suffix in SUFFIXES)
+    if not kept:
+        raise UserError(f"{what} holds no file that can be read, which end with {', '.join(SUFFIXES)}.")
+    return kept
+
+
+def _read_file(path: Path, text_field: str, document_separator: str, advance: Advance | None) -> Iterator[str]:
+    """The documents of one local file; refuses a file that has none."""
+    if path.suffix == ".txt":
+        documents = _read_txt(path, document_separator)
+    elif path.suffix == ".jsonl":
+        documents = _read_jsonl(path, text_field)
+    else:
+        documents = _read_parquet(path, text_field)
+    any_text = False
+    try:
+        for document, size in documents:
+            if document.strip():
+                any_text = True
+                yield document
+            if advance is not None:
+                advance(size)
+    except OSError as error:
+        raise UserError(f"The data file {str(path)!r} cannot be read: {error.strerror or error}.") from error
+    if not any_text:
+        raise UserError(f"The data file {str(path)!r} is empty: it holds no text.")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """The lines of a UTF-8 file without their line break, each with its size in bytes."""
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"The data file {str(path)!r} is no valid UTF-8: byte {line[error.start]:#04x} at offset "
+                    f"{start + error.start}; convert it to UTF-8 first."
+                ) from error
+            if start == 0:
+                text = text.removeprefix("\ufeff")  # byte order mark
+            start += len(line)
+            yield text.removesuffix("\n").removesuffix("\r"), len(line)
+
+
+def _read_txt(path: Path, document_separator: str) -> Iterator[tuple[str, int]]:
+    """The documents of a text file and the bytes they take, blank lines around a document removed."""
+    lines: list[str] = []
+    size = 0
+    for line, line_size in _read_lines(path):
+        size += line_size
+        if line.strip() == document_separator.strip():
+            yield "\n".join(lines).strip("\n"), size
+            lines, size = [], 0
+        else:
+            lines.append(line)
+    yield "\n".join(lines).strip("\n"), size
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
+    """The texts of a file with one JSON object a line, and the bytes of each line."""
+    for number, (line, size) in enumerate(_read_lines(path), start=1):
+        where = f"Line {number} of {str(path)!r}"
+        if not line.strip():
+            yield "", size
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is no JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no JSON object but a {type(row).__name__}.")
+        if text_field not in row:
+            fields = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"{where} has no field {text_field!r}; its fields: {fields}.")
+        yield _checked_text(row[text_field], f"{where} has in field {text_field!r}"), size
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, int]]:
+    """The texts of a column, and each text's share of the file's bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = path.stat().st_size
+    try:
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                columns = ", ".join(map(repr, file.schema_arrow.names))
+                raise UserError(f"The data file {str(path)!r} has no column {column!r}; its columns: {columns}.")
+            rows = file.metadata.num_rows
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    text = _checked_text(value, f"Row {number} of {str(path)!r} has in column {column!r}")
+                    yield text, size * number // rows - size * (number - 1) // rows
+    except pa.ArrowException as error:
+        raise UserError(f"The data file {str(path)!r} is no parquet file that can be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The column {column!r} of {str(path)!r} is no valid UTF-8: {error}.") from error
+
+
+def _checked_text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where} {'null' if value is None else f'a {type(value).__name__}'}, where text is expected.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half a surrogate pair
+        raise UserError(f"{where} an unpaired surrogate at character {error.start}, which is no text.") from error
+    return value
+
+
+def open_hub_dataset(name: str, subset: str | None) -> "DatasetBuilder":
+    """A data set on the Hugging Face hub, nothing of its data loaded yet; its `hash` is the hub's revision.
+
+    Raises:
+        UserError: if the hub has no such data set or subset, or cannot be reached.
+    """
+    from datasets import load_dataset_builder
+
+    try:
+        return load_dataset_builder(name, subset)
+    except Exception as error:
+        raise _hub_error(name, error) from error
+
+
+def open_hub_stream(name: str, subset: str | None, split: str) -> "IterableDataset":
+    """A split of a data set on the hub, to be streamed.
+
+    Raises:
+        UserError: as `open_hub_dataset`, or if there is no such split.
+    """
+    from datasets import IterableDataset
+
+    builder = open_hub_dataset(name, subset)
+    try:
+        stream = builder.as_streaming_dataset(split=split)
+    except Exception as error:
+        raise _hub_error(name, error) from error
+    assert isinstance(stream, IterableDataset)  # a dictionary of them comes only without a split
+    return stream
+
+
+def hub_documents(stream: "IterableDataset", name: str, text_field: str) -> Iterator[str]:
+    """The texts of a streamed data set; white space alone is left out.
+
+    Raises:
+        UserError: if a row has no text in `text_field`, the hub stops answering, or there is no text at all.
+    """
+    rows = iter(stream)
+    number = 0
+    any_text = False
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except Exception as error:
+            raise _hub_error(name, error) from error
+        number += 1
+        if text_field not in row:
+            columns = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"The data set {name!r} has no column {text_field!r}; its columns: {columns}.")
+        text = _checked_text(row[text_field], f"Row {number} of the data set {name!r} has in column {text_field!r}")
+        if text.strip():
+            any_text = True
+            yield text
+    if not any_text:
+        raise UserError(f"The data set {name!r} holds no text.")
+
+
+def _hub_error(name: str, error: Exception) -> UserError:
+    # `datasets` raises its own, huggingface_hub's, httpx's, fsspec's and plain errors for what is one thing to a user:
+    # this name, subset or split cannot be had; what the library says is the best there is to say why.
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return UserError(
+        f"There is no file or folder {name!r} here, and it cannot be read as a data set of the Hugging Face hub: "
+        f"{reason.rstrip('.')}."
+    )

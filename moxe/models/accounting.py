@@ -1,0 +1,219 @@
+"""What a configuration costs: parameters, bytes of state, FLOPs a token. Nothing is run and no weights are made.
+
+Legend: D hidden size, I inner size of an mLSTM block, F feed-forward width, H heads, Dh = I / H, Q size of a diagonal
+block, T taps, E experts, K experts a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.modules.mlstm import MLSTMBlocks
+from moxe.modules.router import Router
+from moxe.modules.stacks import StackedBlockLinear, StackedConv, StackedLinear
+
+FLOAT32_BYTES = 4
+# The parts of a model and the names of their modules; those of a layer stand behind "model.layers.<number>.".
+_MODULES = {
+    "embedding": "model.embed_tokens",
+    "slstm_mixers": "slstm_mixer",
+    "mlstm_mixers": "mlstm_mixer",
+    "routers": "router",
+    "mlstm_experts": "experts.mlstm",
+    "slstm_experts": "experts.slstm",
+    "ffn_experts": "experts.ffn",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+}
+# The parts that are made of blocks, and the blocks' kind.
+_BLOCK_KIND = {
+    "slstm_mixers": "slstm",
+    "mlstm_mixers": "mlstm",
+    "mlstm_experts": "mlstm",
+    "slstm_experts": "slstm",
+    "ffn_experts": "ffn",
+}
+_EXPERT_PARTS = ("mlstm_experts", "slstm_experts", "ffn_experts")
+# The parameters of a module that meet every token of it in a matrix product.
+_MATRICES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    StackedLinear: ("weight",),
+    StackedBlockLinear: ("weight",),
+    MLSTMBlocks: ("gate_weight",),
+    Router: ("weight", "difficulty_weight"),
+}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model: all of them, and those that one token meets.
+
+    Args:
+        total_parameters: every parameter once; a tied head counts for nothing.
+        active_parameters: all but the experts, plus K / E of the experts' parameters: the mean over tokens when every
+            expert gets its share, rounded for each kind. The embedding counts whole.
+        min_active_parameters, max_active_parameters: for a token whose K experts are the smallest or largest ones.
+        total_by_part, active_by_part: the first two, by part: embedding, slstm_mixers, mlstm_mixers, routers,
+            mlstm_experts, slstm_experts, ffn_experts, final_norm, head (all layers together).
+    """
+
+    total_parameters: int
+    active_parameters: int
+    min_active_parameters: int
+    max_active_parameters: int
+    total_by_part: dict[str, int]
+    active_by_part: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs a token in one part of the model: products with weights, convolutions, and the recurrence of the cells."""
+
+    projections: int
+    convolutions: int
+    cells: int
+
+    @property
+    def total(self) -> int:
+        return self.projections + self.convolutions + self.cells
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of the forward pass for one token, by part (names as in `ParameterCount`)."""
+
+    by_part: dict[str, PartFlops]
+
+    @property
+    def flops_per_token(self) -> int:
+        return sum(part.total for part in self.by_part.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        by_part = {name: dataclasses.asdict(part) for name, part in self.by_part.items()}
+        return {"flops_per_token": self.flops_per_token, "flops_by_part": by_part}
+
+
+def count_parameters(config: MoxEConfig) -> ParameterCount:
+    """Counts the parameters of the model that `config` describes, built on the meta device."""
+    total = dict.fromkeys(_MODULES, 0)
+    for name, parameter in _meta_model(config).named_parameters():  # a tied weight comes once, as the embedding
+        total[_part_of(name)] += parameter.numel()
+    active = {part: _active_share(part, count, config) for part, count in total.items()}
+    always = sum(count for part, count in total.items() if part not in _EXPERT_PARTS)
+    experts = {part: number for part, number in _blocks_a_layer(config).items() if part in _EXPERT_PARTS}
+    # Sizes of the experts, each summed over the layers.
+    sizes = sorted(total[part] // number for part, number in experts.items() for _ in range(number))
+    chosen = config.num_experts_per_tok
+    return ParameterCount(
+        total_parameters=sum(total.values()),
+        active_parameters=sum(active.values()),
+        min_active_parameters=always + sum(sizes[:chosen]),
+        max_active_parameters=always + sum(sizes[-chosen:]),
+        total_by_part=total,
+        active_by_part=active,
+    )
+
+
+def state_bytes(config: MoxEConfig) -> int:
+    """Bytes of recurrent state that one sequence holds in a float32 model, whatever its length.
+
+    An mLSTM block holds its window, C, n and m: (T - 1) I + I^2 / H + I + H numbers; an sLSTM block its window, c, n,
+    m and h: (T - 1) D + 4 D. A layer has one mixer of each kind, and with `expert_memory="sequence"` all E experts
+    hold a state; feed-forward experts hold none.
+    """
+    hidden, inner, heads = config.hidden_size, config.mlstm_inner_size, config.num_heads
+    window = config.conv_kernel_size - 1
+    numbers = {
+        "mlstm": window * inner + inner**2 // heads + inner + heads,
+        "slstm": window * hidden + 4 * hidden,
+        "ffn": 0,
+    }
+    layer = sum(
+        number * numbers[_BLOCK_KIND[part]]
+        for part, number in _blocks_a_layer(config).items()
+        if config.expert_memory == "sequence" or part not in _EXPERT_PARTS
+    )
+    return FLOAT32_BYTES * config.num_hidden_layers * layer
+
+
+def flops_per_token(config: MoxEConfig) -> FlopCount:
+    """FLOPs of the forward pass for one token; a multiplication and an addition count one each.
+
+    Projections: 2 for each weight that meets the token, so for one block or part
+        mLSTM block   2 (2 D I + 3 I Q + 6 I H + I D)    up; q, k, v; gates; down
+        sLSTM block   2 (4 D^2 / H + 3 D F)              gates; feed-forward part
+        ffn expert    2 (3 D F)
+        router        2 (D E + D)                        logits; difficulty (not in the standard router)
+        head          2 D V
+    Convolutions: 2 I T in an mLSTM block, 2 D T in an sLSTM block.
+    Cells, in the recurrent form that decoding runs:
+        mLSTM         H (5 Dh^2 + 7 Dh)   f C + i k v^T (3 Dh^2), C^T q (2 Dh^2); n, n q, scaling of k, division (7 Dh)
+        sLSTM         8 D^2 / H + 11 D    R h for four gates (8 D^2 / H), added to them (4 D); c, n, h (7 D)
+    The chunkwise form that training runs trades the mLSTM cell's work for products inside chunks; how many depends on
+    the chunk. Experts count with K / E of all of them, as in `ParameterCount.active_parameters`. Norms, activations,
+    gate exponentials, the embedding's look-up and the weighted sum of the experts (2 K D) are left out.
+    """
+    projections, convolutions = Counter[str](), Counter[str]()
+    for module_name, module in _meta_model(config).named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            part = _part_of(f"{module_name}.{name}")
+            if name in _MATRICES.get(type(module), ()):
+                projections[part] += 2 * parameter.numel()
+            elif isinstance(module, StackedConv) and name == "weight":
+                convolutions[part] += 2 * parameter.numel()
+    hidden, inner, heads = config.hidden_size, config.mlstm_inner_size, config.num_heads
+    head_size = inner // heads
+    cell = {
+        "mlstm": heads * (5 * head_size**2 + 7 * head_size),
+        "slstm": 8 * hidden**2 // heads + 11 * hidden,
+        "ffn": 0,
+    }
+    cells = Counter(
+        {
+            part: config.num_hidden_layers * number * cell[_BLOCK_KIND[part]]
+            for part, number in _blocks_a_layer(config).items()
+        }
+    )
+    by_part = {
+        part: PartFlops(*(_active_share(part, flops[part], config) for flops in (projections, convolutions, cells)))
+        for part in _MODULES
+        if projections[part]
+    }
+    return FlopCount(by_part)
+
+
+def _meta_model(config: MoxEConfig) -> MoxEForCausalLM:
+    with torch.device("meta"):
+        return MoxEForCausalLM(config)
+
+
+def _part_of(parameter_name: str) -> str:
+    name = re.sub(r"^model\.layers\.\d+\.", "", parameter_name)
+    return next(part for part, module in _MODULES.items() if name.startswith(module + "."))
+
+
+def _blocks_a_layer(config: MoxEConfig) -> dict[str, int]:
+    """How many blocks of each part one layer has."""
+    if config.expert_kind == "xlstm":
+        experts = {"mlstm_experts": config.num_experts // 2, "slstm_experts": config.num_experts // 2}
+    else:
+        experts = {f"{config.expert_kind}_experts": config.num_experts}
+    return {"slstm_mixers": 1, "mlstm_mixers": 1, **experts}
+
+
+def _active_share(part: str, count: int, config: MoxEConfig) -> int:
+    if part not in _EXPERT_PARTS:
+        return count
+    return round(count * config.num_experts_per_tok / config.num_experts)

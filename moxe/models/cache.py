@@ -1,0 +1,139 @@
+"""The recurrent state of a model: what generation carries from token to token instead of a key-value cache.
+
+Legend: B rows, E blocks of a stack (1 for a mixer), G segments, S tokens of this call.
+
+Its size does not depend on how many tokens were seen. Every tensor is [B, E, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moxe.errors import UserError
+from moxe.modules.stacks import BlockState
+from moxe.ops.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """How the segments of a call relate to the rows of a cache; host tensors."""
+
+    segments: Segments
+    row: Tensor  # [G] row of each segment
+    continues: Tensor  # [G] bool: the segment goes on where its row stopped
+    is_last: Tensor  # [G] bool: its final state is the row's
+
+
+class MoxECache:
+    """State of every block of every layer, for B rows.
+
+    Args:
+        batch_size: rows B.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.states: dict[str, BlockState] = {}
+        self.seq_length = 0
+        # Document each row is in; -1 before its first token.
+        self.document = torch.full((batch_size,), -1)
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self.seq_length
+
+    def read(self, block: str, at: Continuation, segment: Tensor, expert: Tensor) -> BlockState | None:
+        """State before the given segments of the given experts of a block; None when all of them begin empty."""
+        state, continues = self.states.get(block), at.continues[segment]
+        if state is None or not continues.any():
+            return None
+        row = at.row[segment]
+        begins = (~continues).nonzero().flatten()
+        read = {}
+        for name, tensor in state.items():
+            device = tensor.device
+            part = tensor[row.to(device), expert.to(device)]
+            if len(begins):
+                part[begins.to(device)] = _empty_value(name)
+            read[name] = part
+        return read
+
+    def write(
+        self, block: str, num_experts: int, at: Continuation, segment: Tensor, expert: Tensor, new: BlockState
+    ) -> None:
+        """Keeps the state behind the given segments where it is the last of its row.
+
+        A row whose last segment is not a continuation begins anew for every expert, also for those it did not reach.
+        """
+        if block not in self.states:
+            self.states[block] = {
+                name: tensor.new_full((self.batch_size, num_experts, *tensor.shape[1:]), _empty_value(name))
+                for name, tensor in new.items()
+            }
+        fresh_rows = at.row[at.is_last & ~at.continues]
+        kept = at.is_last[segment].nonzero().flatten()
+        row, expert = at.row[segment][kept], expert[kept]
+        for name, tensor in self.states[block].items():
+            device = tensor.device
+            if len(fresh_rows):
+                tensor[fresh_rows.to(device)] = _empty_value(name)
+            values = new[name].detach()
+            values = values if len(kept) == len(values) else values[kept.to(device)]
+            tensor[row.to(device), expert.to(device)] = values.to(tensor.dtype)
+
+    def memory_bytes(self) -> int:
+        """Bytes of all state tensors."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was; generation with beams calls it."""
+        self.select_rows(beam_idx)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keeps the given rows, in this order; a row may be dropped or repeated."""
+        for state in self.states.values():
+            for name, tensor in state.items():
+                state[name] = tensor.index_select(0, rows.to(tensor.device))
+        self.document = self.document[rows.cpu()]
+        self.batch_size = len(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state as a safetensors file."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
+        save_file({**tensors, "document": self.document}, path, metadata={"seq_length": str(self.seq_length)})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> MoxECache:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: when the file holds no cache.
+        """
+        with safe_open(path, "pt", device=device) as file:
+            names, metadata = set(file.keys()), file.metadata() or {}
+            if "document" not in names or "seq_length" not in metadata:
+                raise UserError(f"{path} holds no saved MoxE state: it lacks 'document' or 'seq_length'")
+            document = file.get_tensor("document").cpu()
+            cache = cls(len(document))
+            cache.document, cache.seq_length = document, int(metadata["seq_length"])
+            for name in sorted(names - {"document"}):
+                block, _, part = name.rpartition("/")
+                cache.states.setdefault(block, {})[part] = file.get_tensor(name)
+        return cache
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for block, state in self.states.items():
+            for name, tensor in state.items():
+                yield f"{block}/{name}", tensor
+
+
+def _empty_value(name: str) -> float:
+    """Before the first token the stabiliser m is -inf and everything else 0."""
+    return -torch.inf if name == "m" else 0.0

@@ -1,0 +1,201 @@
+"""Configuration of a MoxE model.
+
+Names are those of docs/equations.md. Every default of the model is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Literal, get_args
+
+from transformers import PreTrainedConfig
+
+ExpertKind = Literal["xlstm", "mlstm", "slstm", "ffn"]
+ExpertMemory = Literal["sequence", "token"]
+RouterKind = Literal["entropy", "standard"]
+BiasKind = Literal["standard", "proportional", "masked"]
+GroupLossKind = Literal["kl", "squared_difference", "squared_distance", "jensen_shannon"]
+BackendName = Literal["auto", "reference", "torch"]
+
+_CHOICES = {
+    "expert_kind": get_args(ExpertKind),
+    "expert_memory": get_args(ExpertMemory),
+    "router_kind": get_args(RouterKind),
+    "bias_kind": get_args(BiasKind),
+    "group_loss_kind": get_args(GroupLossKind),
+    "backend": get_args(BackendName),
+}
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "conv_kernel_size",
+    "qkv_block_size",
+)
+_POSITIVE = ("mlstm_expansion", "slstm_ffn_expansion", "ffn_expansion", "norm_eps")
+_NOT_NEGATIVE = (
+    "gamma",
+    "difficulty_threshold",
+    "difficulty_loss_coef",
+    "group_loss_coef",
+    "router_z_loss_coef",
+    "load_balancing_loss_coef",
+)
+# What transformers itself passes to a configuration beside the declared fields.
+_PASSED_BY_TRANSFORMERS = {
+    "model_type",
+    "name_or_path",
+    "torch_dtype",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "num_labels",
+}
+
+
+class MoxEConfig(PreTrainedConfig):
+    """Sizes, routing and losses of a Mixture of xLSTM Experts.
+
+    Args:
+        vocab_size: number of tokens V.
+        hidden_size: width D of the residual stream; divisible by `num_heads`.
+        num_hidden_layers: MoxE layers (each: an sLSTM block, an mLSTM block, the experts).
+        num_heads: heads H of every cell, in mixers and in experts.
+        num_experts: experts E, even; the first half is group M, the second half group S.
+        num_experts_per_tok: experts k that a token is sent to, 1 <= k <= E.
+        expert_kind: `xlstm` (group M mLSTM, group S sLSTM), or one kind for all experts: `mlstm`, `slstm`, `ffn`.
+        expert_memory: `sequence`: an expert carries its state along the tokens routed to it; `token`: every token
+            meets an empty memory (the behaviour of the released code).
+        router_kind: `entropy` (difficulty and modulation bias, equations 5 to 8) or `standard` (neither).
+        bias_kind: shape of the modulation bias: `standard` gamma*d (6), `proportional` gamma*relu(d - threshold),
+            `masked` gamma*d*[d > threshold].
+        gamma: scale of the modulation bias, >= 0.
+        difficulty_threshold: threshold of the `proportional` and `masked` bias.
+        router_bias: whether the router's linear map has a bias.
+        group_loss_kind: `kl` (18), `squared_difference`, `squared_distance` or `jensen_shannon`.
+        difficulty_loss_coef, group_loss_coef, router_z_loss_coef, load_balancing_loss_coef: the lambdas of (21).
+        conv_kernel_size: taps of the causal depthwise convolution.
+        qkv_block_size: block size of the block-diagonal q, k, v projections of the mLSTM block.
+        mlstm_expansion: inner width of the mLSTM block as a multiple of D.
+        slstm_ffn_expansion: width of the sLSTM block's gated feed-forward part as a multiple of D.
+        ffn_expansion: width of a feed-forward expert (`expert_kind="ffn"`) as a multiple of D. The default gives it
+            the mean parameter count of an mLSTM and an sLSTM expert.
+        norm_eps: epsilon of every normalisation.
+        tie_word_embeddings: share the embedding with the language-model head.
+        backend: implementation of the two cells: `auto`, `reference`, `torch`.
+        use_cache: whether a forward pass without labels returns its recurrent state by default.
+
+    Raises:
+        ValueError: for an unknown name, a size out of range or sizes that do not divide, naming the value.
+    """
+
+    model_type = "moxe"
+
+    vocab_size: int = 49152
+    hidden_size: int = 640
+    num_hidden_layers: int = 10
+    num_heads: int = 4
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    expert_kind: str = "xlstm"
+    expert_memory: str = "sequence"
+    router_kind: str = "entropy"
+    bias_kind: str = "standard"
+    gamma: float = 0.7
+    difficulty_threshold: float = 0.5
+    router_bias: bool = True
+    group_loss_kind: str = "kl"
+    difficulty_loss_coef: float = 0.01
+    group_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    load_balancing_loss_coef: float = 0.01
+    conv_kernel_size: int = 4
+    qkv_block_size: int = 16
+    mlstm_expansion: float = 2.0
+    slstm_ffn_expansion: float = 1.7
+    ffn_expansion: float = 2.2
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    backend: str = "auto"
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        unknown = [name for name in kwargs if name not in _PASSED_BY_TRANSFORMERS and not name.startswith("_")]
+        if unknown:
+            raise ValueError(unknown_name_message(unknown[0], "MoxEConfig"))
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of: {', '.join(choices)}")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            lowest = "above 0" if name in _POSITIVE else "at least 0"
+            in_range = isinstance(value, int | float) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))
+            if not in_range or value == float("inf"):
+                raise ValueError(f"{name}={value!r} must be a finite number {lowest}")
+        if self.num_experts % 2:
+            raise ValueError(
+                f"num_experts={self.num_experts} is odd: half of the experts form group M and half group S, so it "
+                "must be even"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "num_heads", self.num_heads)
+        self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "qkv_block_size", self.qkv_block_size)
+
+    @staticmethod
+    def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+        if value % divisor:
+            raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}")
+
+    @property
+    def mlstm_inner_size(self) -> int:
+        """Width of the mLSTM cell: `mlstm_expansion` x D."""
+        return round(self.mlstm_expansion * self.hidden_size)
+
+    @property
+    def slstm_ffn_size(self) -> int:
+        """Width of the sLSTM block's feed-forward part, rounded up to a multiple of 64."""
+        return _round_up(self.slstm_ffn_expansion * self.hidden_size, 64)
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of a feed-forward expert, rounded up to a multiple of 64."""
+        return _round_up(self.ffn_expansion * self.hidden_size, 64)
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The names a recipe's `model` section may set: the fields this class declares itself."""
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in inherited)
+
+
+def unknown_name_message(name: str, owner: str) -> str:
+    """One sentence that refuses `name` and offers the nearest valid one."""
+    names = MoxEConfig.setting_names()
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid names: {', '.join(names)}"
+    return f"{owner} has no setting {name!r}: {hint}"
+
+
+def _round_up(value: float, multiple: int) -> int:
+    whole = round(value)
+    return -(-whole // multiple) * multiple

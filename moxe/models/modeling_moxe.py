@@ -1,0 +1,501 @@
+"""The MoxE model: token embedding, N MoxE layers, final norm, language-model head.
+
+Legend: B rows, S columns, N real tokens (packed), D hidden size, E experts, K experts a token, V vocabulary.
+
+The columns that the attention mask leaves out are dropped before the first layer and put back after the last: inside
+the model every tensor is packed [N, D], and `Segments` says which tokens form a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils.generic import ModelOutput, can_return_tuple
+
+from moxe.models.cache import Continuation, MoxECache
+from moxe.models.configuration_moxe import MoxEConfig
+from moxe.modules.experts import Experts, ReadState, WriteState
+from moxe.modules.feed_forward import FeedForwardBlocks
+from moxe.modules.losses import RouterLosses, router_losses
+from moxe.modules.mlstm import MLSTMBlocks
+from moxe.modules.router import Router, RouterOutput
+from moxe.modules.slstm import SLSTMBlocks
+from moxe.modules.stacks import small_init_std
+from moxe.ops.routing import ExpertRows
+from moxe.ops.segments import Segments
+
+RESIDUAL_BLOCKS_A_LAYER = 3  # sLSTM mixer, mLSTM mixer, experts
+
+
+@dataclass
+class MoxEModelOutput(ModelOutput):
+    """Output of the model without a head; `routing` holds one `RouterOutput` a layer over the packed tokens."""
+
+    last_hidden_state: Tensor | None = None
+    cache_params: MoxECache | None = None
+    routing: tuple[RouterOutput, ...] | None = None
+
+
+@dataclass
+class MoxECausalLMOutput(ModelOutput):
+    """Output of the language model.
+
+    `loss` is equation 21. The other losses are its terms before their coefficients: `lm_loss` a mean over targets, the
+    router losses means over real tokens and layers. `routing` (only if asked for) holds one `RouterOutput` a layer
+    over [B, S]; columns that are masked out hold 0, and -1 as expert index.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache_params: MoxECache | None = None
+    lm_loss: Tensor | None = None
+    difficulty_loss: Tensor | None = None
+    group_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    load_balancing_loss: Tensor | None = None
+    routing: tuple[RouterOutput, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """The real tokens of a [B, S] call, row by row."""
+
+    shape: tuple[int, int]
+    column: Tensor | None  # [N] places in the flattened [B * S]; None when every column is a token
+    sequences: Segments
+    row: Tensor  # [G] row of each sequence, host
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [N, ...]."""
+        flat = x.reshape(-1, *x.shape[2:])
+        return flat if self.column is None else flat.index_select(0, self.column)
+
+    def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
+        """[N, ...] -> [B, S, ...]; other columns hold `fill`."""
+        if self.column is not None:
+            full = x.new_full((self.shape[0] * self.shape[1], *x.shape[1:]), fill)
+            x = full.index_copy(0, self.column, x)
+        return x.unflatten(0, self.shape)
+
+
+def pack_tokens(input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> PackedTokens:
+    """Finds the real tokens and the sequences they form: one a row, or one a document of a row."""
+    batch, length = input_ids.shape
+    keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool().flatten().nonzero()
+    column = None if keep is None else keep.flatten()
+    place = torch.arange(batch * length, device=input_ids.device) if column is None else column
+    row = place // max(length, 1)
+    begins = torch.ones_like(place, dtype=torch.bool)
+    begins[1:] = row[1:] != row[:-1]
+    if document_ids is not None:
+        document = document_ids.flatten()[place]
+        begins[1:] |= document[1:] != document[:-1]
+    first = begins.nonzero().flatten()
+    cu_seqlens = torch.cat([first.cpu(), torch.tensor([len(place)])])
+    return PackedTokens((batch, length), column, Segments(cu_seqlens), row[first].cpu())
+
+
+class MoxELayer(nn.Module):
+    """Sequence mixer (an sLSTM block, then an mLSTM block), router, experts."""
+
+    def __init__(self, config: MoxEConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_experts = config.num_experts
+        first_block = RESIDUAL_BLOCKS_A_LAYER * layer
+        self.slstm_mixer = _make_slstm(config, first_block, 1)
+        self.mlstm_mixer = _make_mlstm(config, 1)
+        self.router = Router(
+            hidden_size=config.hidden_size,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            router_kind=config.router_kind,
+            bias_kind=config.bias_kind,
+            gamma=config.gamma,
+            difficulty_threshold=config.difficulty_threshold,
+            router_bias=config.router_bias,
+        )
+        self.experts = Experts(
+            num_experts=config.num_experts,
+            expert_kind=config.expert_kind,
+            expert_memory=config.expert_memory,
+            make_block={
+                "mlstm": partial(_make_mlstm, config),
+                "slstm": partial(_make_slstm, config, first_block + 2),
+                "ffn": partial(_make_ffn, config),
+            },
+        )
+
+    def forward(
+        self, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation
+    ) -> tuple[Tensor, RouterOutput]:
+        """x [N, D] -> y [N, D] and what the router decided."""
+        for name in ("slstm_mixer", "mlstm_mixer"):
+            x = x + self._mix(name, x, sequences, cache, at)
+        routing = self.router(x)
+        read, write = self._expert_state(cache, at)
+        experts = self.experts(x, routing.expert_indices, routing.expert_weights, sequences, read, write)
+        return x + experts, routing
+
+    def _mix(self, name: str, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation) -> Tensor:
+        mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
+        if cache is None:
+            return mixer(x, sequences, None, False)[0]
+        block, segment = f"layers.{self.layer}.{name}", torch.arange(sequences.num_segments)
+        expert = torch.zeros_like(segment)
+        y, state = mixer(x, sequences, cache.read(block, at, segment, expert), True)
+        assert state is not None
+        cache.write(block, 1, at, segment, expert, state)
+        return y
+
+    def _expert_state(self, cache: MoxECache | None, at: Continuation) -> tuple[ReadState, WriteState | None]:
+        if cache is None:
+            return lambda kind, rows: None, None
+        prefix = f"layers.{self.layer}.experts"
+
+        def read(kind: str, rows: ExpertRows) -> dict[str, Tensor] | None:
+            return cache.read(f"{prefix}.{kind}", at, rows.sequence, rows.expert)
+
+        def write(kind: str, rows: ExpertRows, state: dict[str, Tensor]) -> None:
+            first, last = self.experts.ranges[kind]
+            cache.write(f"{prefix}.{kind}", last - first, at, rows.sequence, rows.expert, state)
+
+        return read, write
+
+
+def _make_mlstm(config: MoxEConfig, num_blocks: int) -> MLSTMBlocks:
+    return MLSTMBlocks(
+        num_blocks,
+        hidden_size=config.hidden_size,
+        inner_size=config.mlstm_inner_size,
+        num_heads=config.num_heads,
+        conv_kernel_size=config.conv_kernel_size,
+        qkv_block_size=config.qkv_block_size,
+        norm_eps=config.norm_eps,
+        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        backend=config.backend,
+    )
+
+
+def _make_slstm(config: MoxEConfig, residual_block: int, num_blocks: int) -> SLSTMBlocks:
+    return SLSTMBlocks(
+        num_blocks,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        conv_kernel_size=config.conv_kernel_size,
+        ffn_size=config.slstm_ffn_size,
+        norm_eps=config.norm_eps,
+        residual_block=residual_block,
+        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        backend=config.backend,
+    )
+
+
+def _make_ffn(config: MoxEConfig, num_blocks: int) -> FeedForwardBlocks:
+    return FeedForwardBlocks(
+        num_blocks,
+        hidden_size=config.hidden_size,
+        ffn_size=config.ffn_size,
+        norm_eps=config.norm_eps,
+        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+    )
+
+
+class MoxEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = MoxEConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = ["MoxELayer"]  # noqa: RUF012
+    # Drafted tokens can not be taken back from a recurrent state.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=small_init_std(self.config.hidden_size))
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+class MoxEModel(MoxEPreTrainedModel):
+    """The layers without a language-model head."""
+
+    def __init__(self, config: MoxEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoxELayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache_params: MoxECache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoxEModelOutput:
+        """Runs the layers; arguments as in `MoxEForCausalLM.forward`. Hidden states of masked columns are 0."""
+        tokens = self.pack(input_ids, attention_mask, document_ids)
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        x, cache, routing = self.run(tokens, input_ids, document_ids, cache_params, use_cache)
+        return MoxEModelOutput(last_hidden_state=tokens.unpack(x), cache_params=cache, routing=routing)
+
+    def pack(self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> PackedTokens:
+        """Checks the inputs of a call and finds its real tokens.
+
+        Raises:
+            ValueError: for shapes that do not agree or token ids outside the vocabulary.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")
+        for name, other in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            if other is not None and other.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(other.shape)}"
+                )
+        tokens = pack_tokens(input_ids, attention_mask, document_ids)
+        ids, size = tokens.pack(input_ids), self.config.vocab_size
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise ValueError(f"token id {int(outside[0])} is outside the vocabulary: ids run from 0 to {size - 1}")
+        return tokens
+
+    def run(
+        self,
+        tokens: PackedTokens,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        cache: MoxECache | None,
+        use_cache: bool,
+    ) -> tuple[Tensor, MoxECache | None, tuple[RouterOutput, ...]]:
+        """Hidden states [N, D] after the final norm, the state, and what each router decided."""
+        batch, length = tokens.shape
+        if use_cache and cache is None:
+            cache = MoxECache(batch)
+        if cache is not None and cache.batch_size != batch:
+            raise ValueError(f"cache_params holds {cache.batch_size} rows but input_ids has {batch}")
+        at, last_document = _continuation(tokens, document_ids, cache)
+        x = self.embed_tokens(tokens.pack(input_ids))
+        routing = []
+        for layer in self.layers:
+            x, decided = layer(x, tokens.sequences, cache, at)
+            routing.append(decided)
+        if cache is not None:
+            cache.seq_length += length
+            cache.document = last_document
+        return self.norm(x), cache, tuple(routing)
+
+
+def _continuation(
+    tokens: PackedTokens, document_ids: Tensor | None, cache: MoxECache | None
+) -> tuple[Continuation, Tensor]:
+    """Which sequences go on where their row of the cache stopped; and the document each row is in afterwards."""
+    row, sequences = tokens.row, tokens.sequences
+    is_last = torch.ones(len(row), dtype=torch.bool)
+    is_last[:-1] = row[1:] != row[:-1]
+    continues = torch.zeros(len(row), dtype=torch.bool)
+    if cache is None:
+        return Continuation(sequences, row, continues, is_last), torch.empty(0)
+    document = torch.zeros(len(row), dtype=torch.int64)
+    if document_ids is not None and len(row):
+        first_token = sequences.cu_seqlens[:-1].to(document_ids.device)
+        document = tokens.pack(document_ids)[first_token].cpu()
+    is_first = torch.ones(len(row), dtype=torch.bool)
+    is_first[1:] = is_last[:-1]
+    # Without document ids a call continues whatever its row was in.
+    same = cache.document[row] == document if document_ids is not None else cache.document[row] >= 0
+    continues = is_first & same
+    last_document = cache.document.clone()
+    last_document[row[is_last]] = (
+        document[is_last]
+        if document_ids is not None
+        else torch.where(continues[is_last], cache.document[row[is_last]], 0)
+    )
+    return Continuation(sequences, row, continues, is_last), last_document
+
+
+class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
+    """A MoxE language model.
+
+    Example:
+        >>> model = MoxEForCausalLM(MoxEConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_experts=4))
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 64])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The Trainer then leaves the division by the number of targets of the whole batch to `forward`.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MoxEConfig) -> None:
+        super().__init__(config)
+        self.model = MoxEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache_params: MoxECache | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> MoxECausalLMOutput:
+        """Next-token logits, and with labels the loss of equation 21.
+
+        Args:
+            input_ids: [B, S] token ids.
+            attention_mask: [B, S]; a column with 0 is no token at all, for the recurrence, the router and every loss.
+            labels: [B, S], usually `input_ids`; the shift by one is done here. -100 is ignored. The target of a token
+                is the label of the next token of its sequence, so no target crosses a document or a padding column.
+            document_ids: [B, S] whole numbers >= 0; where they change along a row all state begins anew.
+            cache_params: state to continue from; it is updated in place and returned.
+            use_cache: whether to return the state; by default when not training and without labels.
+            output_router_logits: whether to return `routing`.
+            logits_to_keep: 0 for the logits of all columns, n for the last n only.
+            num_items_in_batch: targets of the whole (accumulated) batch. The language-model loss is then their sum over
+                this number, and router losses are weighted by this call's share of the targets.
+
+        Raises:
+            ValueError: for token ids outside the vocabulary or shapes that do not agree.
+        """
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training and labels is None
+        tokens = self.model.pack(input_ids, attention_mask, document_ids)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+            )
+        hidden, cache, routing = self.model.run(tokens, input_ids, document_ids, cache_params, use_cache)
+        losses: dict[str, Tensor] = {}
+        if logits_to_keep and labels is None:
+            logits = self.lm_head(tokens.unpack(hidden)[:, -logits_to_keep:])
+        else:
+            packed_logits = self.lm_head(hidden)
+            logits = tokens.unpack(packed_logits)
+            if labels is not None:
+                targets = _next_labels(tokens.pack(labels), tokens.sequences)
+                losses = self._losses(packed_logits, targets, routing, num_items_in_batch)
+        unpacked = tuple(_unpack_routing(tokens, decided) for decided in routing) if output_router_logits else None
+        return MoxECausalLMOutput(logits=logits, cache_params=cache, routing=unpacked, **losses)
+
+    def _losses(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        routing: tuple[RouterOutput, ...],
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Equation 21 and its terms, by their names in the output. Without any target the language-model loss is 0."""
+        config = self.config
+        num_targets = int((targets != -100).sum())
+        total = num_targets if num_items_in_batch is None else num_items_in_batch
+        if isinstance(total, Tensor):
+            total = total.to(logits.device)
+        cross_entropy = F.cross_entropy(
+            logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum"
+        )
+        lm_loss = cross_entropy / max(total, 1)
+        losses = [router_losses(decided, config.group_loss_kind) for decided in routing]
+        means = RouterLosses(
+            *(torch.stack([getattr(loss, f.name) for loss in losses]).mean() for f in fields(RouterLosses))
+        )
+        router_loss = (
+            config.difficulty_loss_coef * means.difficulty
+            + config.group_loss_coef * means.group
+            + config.router_z_loss_coef * means.z
+            + config.load_balancing_loss_coef * means.load_balancing
+        )
+        share = 1.0 if num_items_in_batch is None else num_targets / max(total, 1)
+        return {
+            "loss": lm_loss + share * router_loss,
+            "lm_loss": lm_loss,
+            "difficulty_loss": means.difficulty,
+            "group_loss": means.group,
+            "z_loss": means.z,
+            "load_balancing_loss": means.load_balancing,
+        }
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache_params: MoxECache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **kwargs,
+    ) -> dict:
+        """Only the columns that the state has not seen; `generate` calls it before every step."""
+        if cache_params is not None:
+            input_ids = input_ids[:, cache_params.get_seq_length() :]
+        length = input_ids.shape[1]
+        if length == 0:
+            raise ValueError(
+                "cache_params has already seen every token of input_ids: there is nothing to continue from"
+            )
+        return {
+            "input_ids": input_ids,
+            "attention_mask": None if attention_mask is None else attention_mask[:, -length:],
+            "cache_params": cache_params,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 1,
+        }
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """There are no keys and values to cache: `forward` makes the state itself."""
+        return False
+
+
+def _next_labels(labels: Tensor, sequences: Segments) -> Tensor:
+    """[N] the label of the next token of the same sequence, -100 for a sequence's last token."""
+    targets = torch.full_like(labels, -100)
+    targets[:-1] = labels[1:]
+    last = sequences.cu_seqlens[1:] - 1
+    targets[last.to(labels.device)] = -100
+    return targets
+
+
+def _unpack_routing(tokens: PackedTokens, routing: RouterOutput) -> RouterOutput:
+    return RouterOutput(
+        logits=tokens.unpack(routing.logits),
+        unbiased_logits=tokens.unpack(routing.unbiased_logits),
+        difficulty=None if routing.difficulty is None else tokens.unpack(routing.difficulty),
+        expert_indices=tokens.unpack(routing.expert_indices, fill=-1),
+        expert_weights=tokens.unpack(routing.expert_weights),
+    )

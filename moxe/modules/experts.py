@@ -1,0 +1,68 @@
+"""The experts of a layer: each sees the ordered tokens routed to it, and those of a kind run as one stack (equation 9).
+
+Legend: N packed tokens, D hidden size, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moxe.modules.feed_forward import FeedForwardBlocks
+from moxe.modules.mlstm import MLSTMBlocks
+from moxe.modules.slstm import SLSTMBlocks
+from moxe.modules.stacks import BlockState
+from moxe.ops.routing import ExpertRows, assign, combine, dispatch
+from moxe.ops.segments import Segments
+
+# Reads or writes the state of the given rows of experts; the model's cache provides them.
+ReadState = Callable[[str, ExpertRows], BlockState | None]
+WriteState = Callable[[str, ExpertRows, BlockState], None]
+
+
+class Experts(nn.Module):
+    """E expert blocks in stacks by kind; children are named by kind: `mlstm`, `slstm`, `ffn`."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        expert_kind: str,
+        expert_memory: str,
+        make_block: dict[str, Callable[[int], nn.Module]],
+    ) -> None:
+        super().__init__()
+        self.has_memory = expert_memory == "sequence"
+        half = num_experts // 2
+        if expert_kind == "xlstm":
+            self.ranges = {"mlstm": (0, half), "slstm": (half, num_experts)}
+        else:
+            self.ranges = {expert_kind: (0, num_experts)}
+        for kind, (first, last) in self.ranges.items():
+            self.add_module(kind, make_block[kind](last - first))
+
+    def forward(
+        self,
+        h: Tensor,
+        expert_indices: Tensor,
+        expert_weights: Tensor,
+        sequences: Segments,
+        read_state: ReadState,
+        write_state: WriteState | None,
+    ) -> Tensor:
+        """sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]; the residual is the caller's."""
+        assignments = assign(expert_indices, sequences, one_token_segments=not self.has_memory)
+        rows = dispatch(h, assignments)
+        outputs = []
+        for kind, (first, last) in self.ranges.items():
+            own = assignments.of_experts(first, last)
+            keeps_state = self.has_memory and kind != "ffn"
+            state = read_state(kind, own) if keeps_state else None
+            block: MLSTMBlocks | SLSTMBlocks | FeedForwardBlocks = getattr(self, kind)
+            y, new_state = block(rows[own.rows], own.segments, state, keeps_state and write_state is not None)
+            if new_state is not None and write_state is not None:
+                write_state(kind, own, new_state)
+            outputs.append(y)
+        return combine(torch.cat(outputs), expert_weights, assignments)

@@ -1,0 +1,112 @@
+"""The mLSTM block, E of one shape stacked: matrix memory between an up- and a down-projection.
+
+Legend: N rows, G segments, E blocks, D hidden size, I inner size, H heads, Dh = I / H, T taps.
+
+    x~ = norm(x);  [a, g] = up(x~);  s = SiLU(conv(a));  q, k = from s, v = from a (block-diagonal)
+    igate, fgate = from [q, k, v];  y = head-norm(cell(q, k, v, igate, fgate)) + skip s;  f(x) = down(y SiLU(g))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moxe.modules.stacks import (
+    BlockState,
+    StackedBlockLinear,
+    StackedConv,
+    StackedLayerNorm,
+    StackedLinear,
+    small_init_std,
+    stacked_bias,
+    stacked_scale,
+    wang_init_std,
+)
+from moxe.ops.grouped_linear import grouped_linear
+from moxe.ops.mlstm import MLSTMState, mlstm
+from moxe.ops.segments import Segments
+
+
+class MLSTMBlocks(nn.Module):
+    """f of E mLSTM blocks; the block itself is x + f(x)."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        num_heads: int,
+        conv_kernel_size: int,
+        qkv_block_size: int,
+        norm_eps: float,
+        num_residual_blocks: int,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qkv_block_size, self.backend = num_heads, qkv_block_size, backend
+        std, diagonal = small_init_std(hidden_size), inner_size // qkv_block_size
+        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps)
+        self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * inner_size, init_std=std)
+        self.conv = StackedConv(num_blocks, inner_size, conv_kernel_size)
+        self.q_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
+        self.k_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
+        self.v_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
+        # Rows: igate of each head, then fgate of each head; columns: q, k, v.
+        self.gate_weight = nn.Parameter(torch.empty(num_blocks, 2 * num_heads, 3 * inner_size))
+        self.gate_bias = nn.Parameter(torch.empty(num_blocks, 2 * num_heads))
+        self.head_norm = StackedLayerNorm(num_blocks, inner_size, eps=norm_eps, heads=num_heads)
+        self.skip = nn.Parameter(torch.empty(num_blocks, inner_size))
+        out_std = wang_init_std(hidden_size, num_residual_blocks)
+        self.down_proj = StackedLinear(num_blocks, inner_size, hidden_size, init_std=out_std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Own parameters only; children reset themselves."""
+        heads = self.num_heads
+        nn.init.zeros_(self.gate_weight)
+        nn.init.normal_(self.gate_bias, std=0.1)
+        with torch.no_grad():
+            self.gate_bias[:, heads:] = torch.linspace(3.0, 6.0, heads, device=self.gate_bias.device)
+        nn.init.ones_(self.skip)
+
+    def forward(
+        self, x: Tensor, segments: Segments, state: BlockState | None, return_state: bool
+    ) -> tuple[Tensor, BlockState | None]:
+        """f(x) [N, D] for x [N, D] and, if asked for, the state behind each segment.
+
+        A state holds conv [G, T - 1, I], c [G, H, Dh, Dh], n [G, H, Dh] and m [G, H].
+        """
+        heads, block = self.num_heads, self.qkv_block_size
+        branch, gate = self.up_proj(self.norm(x, segments), segments).chunk(2, dim=-1)
+        convolved, conv_state = self.conv(branch, segments, state["conv"] if state else None, return_state)
+        convolved = F.silu(convolved)
+        by_block = convolved.unflatten(-1, (-1, block))
+        q = self.q_proj(by_block, segments).flatten(1)
+        k = self.k_proj(by_block, segments).flatten(1)
+        v = self.v_proj(branch.unflatten(-1, (-1, block)), segments).flatten(1)
+        igate, fgate = self._gates(q, k, v, segments).chunk(2, dim=-1)
+        h, cell_state = mlstm(
+            q.unflatten(-1, (heads, -1)),
+            k.unflatten(-1, (heads, -1)),
+            v.unflatten(-1, (heads, -1)),
+            igate,
+            fgate,
+            segments,
+            initial_state=MLSTMState(state["c"], state["n"], state["m"]) if state else None,
+            return_final_state=return_state,
+            backend=self.backend,
+        )
+        mixed = self.head_norm(h.flatten(1), segments) + stacked_scale(convolved, self.skip, segments)
+        out = self.down_proj(mixed * F.silu(gate), segments)
+        if cell_state is None or conv_state is None:
+            return out, None
+        return out, {"conv": conv_state, **cell_state._asdict()}
+
+    def _gates(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """[N, 2 H] pre-activations, always in the precision of the parameters."""
+        with torch.autocast(q.device.type, enabled=False):
+            sources = zip((q, k, v), self.gate_weight.chunk(3, dim=-1), strict=True)
+            products = [grouped_linear(x.to(w.dtype), w, segments.row_offsets) for x, w in sources]
+            return stacked_bias(products[0] + products[1] + products[2], self.gate_bias, segments)

@@ -1,0 +1,101 @@
+"""The sLSTM block, E of one shape stacked: scalar memories with recurrent gates, then a gated feed-forward part.
+
+Legend: N rows, G segments, E blocks, D hidden size, H heads, Dh = D / H, T taps.
+
+    x~ = norm(x);  s = SiLU(conv(x~));  i, f from s and z, o from x~ (block-diagonal by head), + R h + b
+    u = x + head-norm(cell(i, f, z, o));  f(x) = u + FFN(norm(u)) - x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moxe.modules.feed_forward import FeedForwardBlocks
+from moxe.modules.stacks import (
+    BlockState,
+    StackedBlockLinear,
+    StackedConv,
+    StackedLayerNorm,
+    small_init_std,
+    stacked_bias,
+)
+from moxe.ops.segments import Segments
+from moxe.ops.slstm import SLSTMState, slstm
+
+FORGET_GATE = 1  # place of f among i, f, z, o
+
+
+class SLSTMBlocks(nn.Module):
+    """f of E sLSTM blocks; the block itself is x + f(x)."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        conv_kernel_size: int,
+        ffn_size: int,
+        norm_eps: float,
+        residual_block: int,
+        num_residual_blocks: int,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.backend = num_heads, backend
+        self.depth = residual_block / max(num_residual_blocks - 1, 1)
+        size, std = hidden_size // num_heads, small_init_std(hidden_size)
+        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps)
+        self.conv = StackedConv(num_blocks, hidden_size, conv_kernel_size)
+        self.if_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std)
+        self.zo_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std)
+        self.recurrent_weight = nn.Parameter(torch.empty(num_blocks, num_heads, size, 4, size))
+        self.gate_bias = nn.Parameter(torch.empty(num_blocks, num_heads, 4, size))
+        self.head_norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, heads=num_heads)
+        self.ffn = FeedForwardBlocks(
+            num_blocks,
+            hidden_size=hidden_size,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            num_residual_blocks=num_residual_blocks,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Own parameters only; children reset themselves. Forget biases fall from 5 to -7 by a power of the depth."""
+        nn.init.zeros_(self.recurrent_weight)
+        nn.init.zeros_(self.gate_bias)
+        size = self.gate_bias.shape[-1]
+        place = torch.arange(size, device=self.gate_bias.device) / max(size - 1, 1)
+        with torch.no_grad():
+            self.gate_bias[:, :, FORGET_GATE] = 5.0 - 12.0 * place ** (0.3 + 1.3 * self.depth)
+
+    def forward(
+        self, x: Tensor, segments: Segments, state: BlockState | None, return_state: bool
+    ) -> tuple[Tensor, BlockState | None]:
+        """f(x) [N, D] for x [N, D] and, if asked for, the state behind each segment.
+
+        A state holds conv [G, T - 1, D] and c, n, m, h [G, H, Dh].
+        """
+        heads = self.num_heads
+        normed = self.norm(x, segments)
+        convolved, conv_state = self.conv(normed, segments, state["conv"] if state else None, return_state)
+        i_and_f = self.if_proj(F.silu(convolved).unflatten(-1, (heads, -1)), segments)
+        z_and_o = self.zo_proj(normed.unflatten(-1, (heads, -1)), segments)
+        gates = torch.cat([i_and_f, z_and_o], dim=-1)
+        gates = stacked_bias(gates, self.gate_bias.flatten(2), segments).unflatten(-1, (4, -1))
+        h, cell_state = slstm(
+            gates,
+            self.recurrent_weight,
+            segments,
+            initial_state=SLSTMState(*(state[name] for name in SLSTMState._fields)) if state else None,
+            return_final_state=return_state,
+            backend=self.backend,
+        )
+        mixed = self.head_norm(h.flatten(1), segments)
+        out = mixed + self.ffn(x + mixed, segments, None, False)[0]
+        if cell_state is None or conv_state is None:
+            return out, None
+        return out, {"conv": conv_state, **cell_state._asdict()}

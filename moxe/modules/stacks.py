@@ -1,0 +1,121 @@
+"""Parameters of E blocks of one shape, stacked: a mixer is a stack of one, the experts of a kind are a stack of E.
+
+Legend: N rows sorted by block, E blocks, C channels, H heads, Q diagonal blocks, T taps.
+
+Every module here takes rows together with the `Segments` that say which rows belong to which block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moxe.ops.conv import causal_conv
+from moxe.ops.grouped_linear import grouped_block_linear, grouped_linear
+from moxe.ops.segments import Segments
+
+# What a block carries from token to token: tensors by name, each with one entry a segment in front.
+BlockState = dict[str, Tensor]
+
+
+def small_init_std(dim: int) -> float:
+    """Standard deviation of input projections, sqrt(2 / (5 dim)) (Nguyen and Salazar, 2019)."""
+    return math.sqrt(2 / (5 * dim))
+
+
+def wang_init_std(dim: int, num_blocks: int) -> float:
+    """Standard deviation of output projections behind `num_blocks` residual blocks, 2 / (num_blocks sqrt(dim))."""
+    return 2 / (num_blocks * math.sqrt(dim))
+
+
+class StackedLinear(nn.Module):
+    """y = x W^T, [N, I] -> [N, O]; weight [E, O, I]."""
+
+    def __init__(self, num_blocks: int, in_size: int, out_size: int, *, init_std: float) -> None:
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_blocks, out_size, in_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return grouped_linear(x, self.weight, segments.row_offsets)
+
+
+class StackedBlockLinear(nn.Module):
+    """Block-diagonal product, [N, Q, I] -> [N, Q, O]; weight [E, Q, I, O]."""
+
+    def __init__(self, num_blocks: int, diagonal: int, in_size: int, out_size: int, *, init_std: float) -> None:
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(num_blocks, diagonal, in_size, out_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return grouped_block_linear(x, self.weight, segments.row_offsets)
+
+
+class StackedConv(nn.Module):
+    """Causal depthwise convolution, [N, C] -> [N, C]; weight [E, C, T], bias [E, C]. See `moxe.ops.conv`."""
+
+    def __init__(self, num_blocks: int, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, channels, taps))
+        self.bias = nn.Parameter(torch.empty(num_blocks, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, x: Tensor, segments: Segments, state: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return causal_conv(x, self.weight, self.bias, segments, initial_state=state, return_final_state=return_state)
+
+
+class StackedLayerNorm(nn.Module):
+    """Layer normalisation without bias, [N, C] -> [N, C], over each of `heads` parts of C; weight [E, C]."""
+
+    def __init__(self, num_blocks: int, channels: int, *, eps: float, heads: int = 1) -> None:
+        super().__init__()
+        self.eps, self.heads = eps, heads
+        self.weight = nn.Parameter(torch.empty(num_blocks, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        size = x.shape[-1] // self.heads
+        normed = F.layer_norm(x.unflatten(-1, (self.heads, size)), (size,), eps=self.eps).flatten(-2)
+        return stacked_scale(normed, self.weight, segments)
+
+
+def stacked_scale(x: Tensor, weight: Tensor, segments: Segments) -> Tensor:
+    """Each row of x [N, C] times its block's row of weight [E, C]."""
+    return _by_block(torch.mul, x, weight, segments)
+
+
+def stacked_bias(x: Tensor, bias: Tensor, segments: Segments) -> Tensor:
+    """Each row of x [N, ...] plus its block's entry of bias [E, ...]."""
+    return _by_block(torch.add, x, bias, segments)
+
+
+def _by_block(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, parameter: Tensor, segments: Segments) -> Tensor:
+    if len(parameter) == 1:
+        return op(x, parameter[0])
+    offsets = segments.row_offsets
+    sizes = [end - begin for begin, end in pairwise(offsets)]
+    return torch.cat([op(part, own) for part, own in zip(x.split(sizes), parameter.unbind(0), strict=True)])

@@ -1,0 +1,181 @@
+"""Pictures of a run, drawn from its metrics.jsonl alone.
+
+losses.png: every term of the loss over training, as in the paper's Figure 3. utilisation.png: the load of every expert
+of every layer, as in Figure 8. routing.png: difficulty, router entropy and the share of the mLSTM experts, by layer.
+Colours are told apart with any colour vision (Okabe and Ito's palette; viridis for depth).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from moxe.errors import UserError
+from moxe.observability.metrics import read_metrics
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
+_GROUP_M, _GROUP_S = _BLUE, _ORANGE
+# Title and key of each panel of losses.png.
+_LOSS_PANELS = (
+    ("Cross-entropy (nats a token)", "lm_loss"),
+    ("Router z-loss", "z_loss"),
+    ("Load balancing (1 = uniform)", "load_balancing_loss"),
+    ("Difficulty loss", "difficulty_loss"),
+    ("Group loss", "group_loss"),
+)
+_ROUTING_PANELS = (
+    ("Difficulty, mean", "difficulty_mean"),
+    ("Difficulty, variance", "difficulty_variance"),
+    ("Router entropy (1 = uniform)", "router_entropy"),
+    ("Share of group M (mLSTM)", "mlstm_share"),
+)
+
+
+def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
+    """Draw the pictures of the run whose metrics.jsonl this is.
+
+    Returns:
+        The files written: losses.png, utilisation.png, routing.png in `output_dir`.
+
+    Raises:
+        UserError: if there is no such file, or no training line in it.
+    """
+    if not Path(metrics_path).is_file():
+        raise UserError(f"there is no metrics file {str(metrics_path)!r} to draw")
+    records = read_metrics(metrics_path)
+    training = [record for record in records if "layers" in record]
+    validation = [record for record in records if "validation_loss" in record]
+    if not training:
+        raise UserError(f"{metrics_path} holds no training line to draw")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "losses.png": _draw_losses(training, validation),
+        "utilisation.png": _draw_utilisation(training),
+        "routing.png": _draw_routing(training),
+    }
+    return [_save(figure, output_dir / name) for name, figure in figures.items()]
+
+
+def _draw_losses(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    panels = [panel for panel in _LOSS_PANELS if panel[1] in training[0]]
+    figure, axes = _grid(len(panels) + 1, columns=3)
+    for axis, (title, key) in zip(axes, panels, strict=False):
+        axis.plot(_column(training, "step"), _column(training, key), color=_BLUE, label="training", linewidth=1.5)
+        if validation:
+            axis.plot(
+                _column(validation, "step"),
+                _column(validation, f"validation_{key}"),
+                color=_ORANGE,
+                label="validation",
+                marker="o",
+                markersize=4,
+                linestyle="--",
+            )
+        axis.set_title(title)
+    axes[0].legend(frameon=False)
+    last = axes[len(panels)]
+    last.plot(_column(training, "step"), _column(training, "gradient_norm"), color=_GREY, linewidth=1.5)
+    last.set_title("Gradient norm before clipping")
+    last.set_ylim(bottom=0)
+    return figure
+
+
+def _draw_utilisation(training: list[dict[str, Any]]) -> Figure:
+    """A layer's loads as bands that fill the height: group M from below, group S from above, divided by a line."""
+    steps = _column(training, "step")
+    num_layers = len(training[0]["layers"])
+    num_experts = len(training[0]["layers"][0]["load"])
+    names = [f"{'M' if expert < num_experts / 2 else 'S'}{expert}" for expert in range(num_experts)]
+    colors = [*_shades(_GROUP_M, num_experts // 2), *_shades(_GROUP_S, num_experts - num_experts // 2)]
+    figure, axes = _grid(num_layers, columns=min(3, num_layers))
+    for layer, axis in enumerate(axes):
+        load = np.array([record["layers"][layer]["load"] for record in training])  # [lines, E]
+        axis.stackplot(steps, load.T, colors=colors, edgecolor="white", linewidth=0.4)
+        axis.plot(steps, load[:, : num_experts // 2].sum(1), color="black", linewidth=1.8)
+        axis.axhline(0.5, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
+        axis.set(xlim=(steps[0], steps[-1]) if len(steps) > 1 else None, ylim=(0, 1))
+        axis.set_title(f"Layer {layer}")
+        axis.margins(x=0)
+        top = load[-1].cumsum()
+        for expert, share in enumerate(load[-1]):
+            if share > 0.03:
+                axis.annotate(
+                    f"{names[expert]} {share:.0%}",
+                    (1.01, top[expert] - share / 2),
+                    xycoords=("axes fraction", "data"),
+                    fontsize=7,
+                    verticalalignment="center",
+                )
+    figure.suptitle(
+        "Share of the assignments each expert receives\n"
+        "blue: group M (mLSTM), orange: group S (sLSTM), black: the border between them (dashed: one half)",
+        fontsize=10,
+    )
+    return figure
+
+
+def _draw_routing(training: list[dict[str, Any]]) -> Figure:
+    first = training[0]["layers"]
+    panels = [panel for panel in _ROUTING_PANELS if first[0][panel[1]] is not None]
+    figure, axes = _grid(len(panels), columns=2)
+    colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(first)))
+    markers = "osD^vP*X<>"
+    for axis, (title, key) in zip(axes, panels, strict=True):
+        for layer, color in enumerate(colors):
+            axis.plot(
+                _column(training, "step"),
+                [record["layers"][layer][key] for record in training],
+                color=color,
+                marker=markers[layer % len(markers)],
+                markersize=4,
+                markevery=max(1, len(training) // 12),
+                linewidth=1.5,
+                label=f"layer {layer}",
+            )
+        axis.set_title(title)
+    axes[-1].axhline(0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    axes[0].legend(frameon=False, fontsize=7, ncols=math.ceil(len(first) / 5))
+    return figure
+
+
+def _grid(panels: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with `panels` axes in rows of `columns`, each with steps along the bottom."""
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.5), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _shades(color: str, count: int) -> list[tuple[float, float, float]]:
+    """`count` shades of a colour, from dark to light."""
+    red, green, blue = to_rgb(color)
+    lightness = [0.7 * index / max(1, count - 1) for index in range(count)]
+    return [(red + (1 - red) * add, green + (1 - green) * add, blue + (1 - blue) * add) for add in lightness]
+
+
+def _column(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [record.get(key, math.nan) for record in records]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,101 @@
+"""Causal depthwise convolution over segments, by shift and add.
+
+Legend: N packed tokens, C channels, T taps, G segments, E groups (weight sets).
+
+    y_t = bias + sum_j weight_j x_{t - (T - 1) + j}
+
+The window of a segment's first tokens reaches into the T - 1 inputs before it: the initial state, or zeros. So every
+segment is laid out with T - 1 rows in front of it, and the taps become T shifted products of whole slices.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moxe.ops.segments import Segments
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    segments: Segments,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolves every segment with the taps of its group.
+
+    Args:
+        x: [N, C].
+        weight, bias: [E, C, T] and [E, C]; the last tap meets the current token.
+        segments: where the convolutions begin and end.
+        initial_state: [G, T - 1, C], the inputs before each segment, oldest first; zeros without it.
+        return_final_state: whether to return the last T - 1 inputs of each segment.
+
+    Returns:
+        y [N, C] and the final state [G, T - 1, C] (no gradient) or None.
+    """
+    before = weight.shape[-1] - 1
+    token_row = (torch.arange(segments.num_tokens) + before * (segments.segment_of_token + 1)).to(x.device)
+    start_row = segments.cu_seqlens[:-1] + torch.arange(segments.num_segments) * before
+    state_row = (start_row[:, None] + torch.arange(before)).to(x.device)
+    row_offsets = [r + g * before for r, g in zip(segments.row_offsets, segments.group_offsets, strict=True)]
+    y = _CausalConv.apply(x, weight, bias, initial_state, token_row, state_row, row_offsets)
+    if not return_final_state:
+        return y, None
+    with torch.no_grad():
+        padded = _lay_out(x, initial_state, token_row, state_row)
+        return y, padded[state_row + segments.lengths.to(x.device)[:, None]]
+
+
+def _lay_out(x: Tensor, initial_state: Tensor | None, token_row: Tensor, state_row: Tensor) -> Tensor:
+    padded = x.new_zeros(len(x) + state_row.numel(), x.shape[1])
+    padded.index_copy_(0, token_row, x)
+    if initial_state is not None:
+        padded[state_row] = initial_state.to(x.dtype)
+    return padded
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, initial_state, token_row, state_row, row_offsets) -> Tensor:
+        padded = _lay_out(x, initial_state, token_row, state_row)
+        ctx.save_for_backward(padded, weight, token_row, state_row)
+        ctx.row_offsets, ctx.has_state = row_offsets, initial_state is not None
+        ctx.bias_dtype = bias.dtype
+        out = torch.empty_like(padded)
+        taps = weight.to(x.dtype).permute(0, 2, 1)
+        last = taps.shape[1] - 1
+        for e, (begin, end) in enumerate(pairwise(row_offsets)):
+            if end == begin:
+                continue
+            y = out[begin + last : end]
+            torch.addcmul(bias[e].to(x.dtype), padded[begin + last : end], taps[e, last], out=y)
+            for j in range(last):
+                y.addcmul_(padded[begin + j : end - last + j], taps[e, j])
+        return out.index_select(0, token_row)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        padded, weight, token_row, state_row = ctx.saved_tensors
+        dout = torch.zeros_like(padded).index_copy_(0, token_row, dy)
+        dpadded = torch.zeros_like(padded)
+        taps = weight.to(padded.dtype).permute(0, 2, 1)
+        dtaps = torch.zeros(taps.shape, dtype=weight.dtype, device=weight.device)
+        dbias = torch.zeros(weight.shape[:2], dtype=ctx.bias_dtype, device=weight.device)
+        last = taps.shape[1] - 1
+        for e, (begin, end) in enumerate(pairwise(ctx.row_offsets)):
+            if end == begin:
+                continue
+            dy_rows = dout[begin + last : end]
+            dbias[e] = dy_rows.sum(0)
+            for j in range(last + 1):
+                window = slice(begin + j, end - last + j)
+                dpadded[window].addcmul_(dy_rows, taps[e, j])
+                dtaps[e, j] = (dy_rows * padded[window]).sum(0)
+        dinitial = dpadded[state_row] if ctx.has_state else None
+        return dpadded.index_select(0, token_row), dtaps.permute(0, 2, 1), dbias, dinitial, None, None, None

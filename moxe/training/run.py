@@ -1,0 +1,268 @@
+"""From a resolved recipe to a finished run folder: data, model, training, evaluation, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PrinterCallback, TrainerState, TrainingArguments, default_data_collator, set_seed
+from transformers.utils import logging as transformers_logging
+
+from moxe.data.baselines import text_baselines
+from moxe.data.corpus import Corpus, prepare
+from moxe.data.packing import PackedStream
+from moxe.errors import UserError
+from moxe.evaluation.generation import generate_text
+from moxe.evaluation.perplexity import evaluate_perplexity
+from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.observability.metrics import MetricsFile
+from moxe.observability.plots import draw_run
+from moxe.recipe import Recipe
+from moxe.training.callbacks import ConsoleProgress
+from moxe.training.config import TrainingConfig
+from moxe.training.run_folder import RunFolder
+from moxe.training.trainer import MoxETrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder and what evaluation.json holds."""
+
+    path: Path
+    evaluation: dict[str, Any]
+
+
+def train(recipe: Recipe, console: Console | None = None) -> RunResult:
+    """Train the model of `recipe` and write its run folder.
+
+    `recipe.model` is completed with the vocabulary and the special tokens of the tokenizer. With `training.resume` the
+    run goes on from its last checkpoint, if there is one.
+
+    Raises:
+        UserError: for data, a tokenizer or a run folder that cannot be used, and when the gradient stops being finite.
+    """
+    console = console or Console()
+    training = recipe.training
+    _require_reporters(training)
+    folder = RunFolder(recipe)
+    checkpoint = folder.open(recipe)
+    with process_settings(training):
+        set_seed(training.seed)
+        corpus = prepare(recipe.data, seed=training.seed)
+        if isinstance(corpus.train, PackedStream) and training.max_steps == -1:
+            raise UserError(f"{recipe.data.source} is streamed without end: set training.max_steps or data.max_tokens")
+        tokenizer = corpus.tokenizer
+        special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = recipe.model_config(len(tokenizer), **special_tokens)
+        recipe.model.update({name: getattr(config, name) for name in ("vocab_size", *special_tokens)})
+        set_seed(training.seed)
+        model = MoxEForCausalLM(config)
+
+        arguments = training_arguments(recipe)
+        trainer = MoxETrainer(
+            training=training,
+            metrics=MetricsFile(folder.metrics_path, _step_of(checkpoint)),
+            model=model,
+            args=arguments,
+            train_dataset=corpus.train,
+            eval_dataset=corpus.validation,
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+        )
+        recipe.save(folder.recipe_path)
+        folder.write_versions(str(arguments.device))
+        _print_start(model, corpus, folder, console)
+        seconds = _train(trainer, checkpoint, console)
+
+        trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        folder.write_model(trained, tokenizer)
+        plots = draw_run(folder.metrics_path, folder.plots_path)
+        evaluation = {
+            "training": {
+                "steps": trainer.state.global_step,
+                "tokens": trainer.state.num_input_tokens_seen,
+                "seconds": seconds,
+            },
+            **_evaluate(trained, corpus, training, console),
+        }
+        folder.write_json(folder.evaluation_path, evaluation)
+    _print_report(evaluation, folder, plots, console)
+    return RunResult(folder.path, evaluation)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's `training` section in the words of transformers."""
+    training = recipe.training
+    arguments = TrainingArguments(
+        output_dir=str(recipe.run_dir),
+        run_name=recipe.name,
+        seed=training.seed,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_steps=training.max_steps,
+        num_train_epochs=training.num_epochs,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if training.eval_steps else "no",
+        eval_steps=training.eval_steps or None,
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or 1,
+        save_total_limit=training.save_total_limit,
+        report_to=list(training.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        use_cache=recipe.model["use_cache"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        # Several GPUs are for torchrun, one process each; the Trainer would split every batch between threads.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _train(trainer: MoxETrainer, checkpoint: Path | None, console: Console) -> float:
+    """Takes the steps that are left; the seconds it took."""
+    trainer.remove_callback(PrinterCallback)
+    progress = ConsoleProgress(console)
+    trainer.add_callback(progress)
+    total_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    start = time.perf_counter()
+    try:
+        if checkpoint is None:
+            trainer.train()
+        elif _step_of(checkpoint) < total_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            # Trained to the end, but not evaluated: the Trainer would take one more step before it looks.
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    finally:
+        progress.stop()
+    return time.perf_counter() - start
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+@contextmanager
+def process_settings(training: TrainingConfig) -> Iterator[None]:
+    """The recipe's settings of torch, and no bars beside our own; undone afterwards."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        torch.set_float32_matmul_precision(training.float32_matmul_precision)
+        if training.num_threads is not None:
+            torch.set_num_threads(training.num_threads)
+        transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _require_reporters(training: TrainingConfig) -> None:
+    for reporter in training.report_to:
+        if importlib.util.find_spec(reporter) is None:
+            raise UserError(f"training.report_to={reporter} needs the package {reporter}: pip install {reporter}")
+
+
+def _evaluate(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig, console: Console) -> dict[str, Any]:
+    """The held-out documents under the model and under the baselines, and a sample of generated text."""
+    show = console.is_terminal
+    result = evaluate_perplexity(
+        model, corpus.validation_texts, corpus.tokenizer, batch_size=training.batch_size, progress=show
+    )
+    train_documents = None if isinstance(corpus.train, PackedStream) else corpus.train.documents
+    baselines = text_baselines(train_documents, corpus.validation.documents, corpus.validation_texts)
+    return {
+        "validation": result.to_dict(),
+        "baselines": asdict(baselines),
+        "sample": _sample(model, corpus, training),
+        "corpus": asdict(corpus.statistics),
+    }
+
+
+def _sample(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig) -> dict[str, str] | None:
+    if not training.sample_tokens:
+        return None
+    prompt = training.sample_prompt or " ".join(corpus.validation_texts[0].split()[:8])
+    text = generate_text(
+        model,
+        corpus.tokenizer,
+        prompt,
+        max_new_tokens=training.sample_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=training.seed,
+    )
+    return {"prompt": prompt, "text": text}
+
+
+def _print_start(model: MoxEForCausalLM, corpus: Corpus, folder: RunFolder, console: Console) -> None:
+    statistics = corpus.statistics
+    tokens = "a stream" if statistics.train_tokens is None else f"{statistics.train_tokens:,} tokens"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _say(
+        console,
+        f"{parameters:,} parameters; training on {tokens} of {statistics.source}, "
+        f"{statistics.validation_documents:,} documents held out; writing {folder.path}",
+    )
+
+
+def _print_report(evaluation: dict[str, Any], folder: RunFolder, plots: list[Path], console: Console) -> None:
+    training, validation = evaluation["training"], evaluation["validation"]
+    minutes = training["seconds"] / 60
+    _say(console, f"{training['steps']:,} steps on {training['tokens']:,} tokens; {minutes:.1f} minutes of training")
+    table = Table()
+    table.add_column(f"{validation['bytes']:,} bytes of held-out text")
+    table.add_column("nats a token", justify="right")
+    table.add_column("bits a byte", justify="right")
+    table.add_row("MoxE", f"{validation['loss']:.3f}", f"{validation['bits_per_byte']:.3f}", style="bold")
+    for name, baseline in evaluation["baselines"].items():
+        if baseline is not None:
+            table.add_row(name, f"{baseline['nats_per_token']:.3f}", f"{baseline['bits_per_byte']:.3f}")
+    console.print(table)
+    sample = evaluation["sample"]
+    if sample is not None:
+        console.print("\n[bold]A sample[/bold]")
+        console.print(Text(sample["prompt"], style="bold"), Text(sample["text"]), sep="")
+    console.print()
+    console.print(Text(str(folder.path), style="bold"), soft_wrap=True)
+    files = {
+        "model.safetensors": "the model, with config.json and tokenizer.json beside it: moxe generate, moxe eval",
+        folder.recipe_path.name: "every setting of this run",
+        folder.metrics_path.name: "every loss term and the routing of every layer",
+        folder.evaluation_path.name: "the numbers above",
+        "plots/": ", ".join(path.name for path in plots),
+    }
+    for name, content in files.items():
+        _say(console, f"  {name:18} {content}")
+
+
+def _say(console: Console, line: str) -> None:
+    """A plain line: nothing in it is markup, and a file that it goes to gets it unbroken."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moxe.data.tokens import TokenDocuments, write_token_documents
+
+HUB_TEXTS = [f"training text number {i}, {letter}" for i, letter in enumerate("abcdefgh")]
+
+WriteDocuments = Callable[..., TokenDocuments]
+
+
+@pytest.fixture
+def write_documents(tmp_path: Path) -> WriteDocuments:
+    """Writes lists of token ids as tokenised documents."""
+    count = 0
+
+    def write(*documents: list[int], vocab_size: int = 100) -> TokenDocuments:
+        nonlocal count
+        count += 1
+        arrays = (np.array(document, dtype=np.uint32) for document in documents)
+        return write_token_documents(arrays, tmp_path / f"documents-{count}", vocab_size)
+
+    return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a data set "owner/name" that `datasets` reads as it reads one of the hub: by name, streamed."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    folder = tmp_path / "hub" / "owner" / "name" / "data"
+    folder.mkdir(parents=True)
+    write_parquet(folder / "train-00000-of-00002.parquet", HUB_TEXTS[:4])
+    write_parquet(folder / "train-00001-of-00002.parquet", HUB_TEXTS[4:])
+    write_parquet(folder / "validation-00000-of-00001.parquet", ["a text to validate on", "another one"])
+
+    import datasets
+
+    load = datasets.load_dataset_builder
+
+    def load_from_folder(name: str, subset: str | None):
+        if name != "owner/name":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
+        return load(str(folder.parent), subset)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", load_from_folder)
+    return folder
+
+
+def write_parquet(path: Path, texts: list, column: str = "text") -> None:
+    pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path)

@@ -1,0 +1,257 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moxe.data import corpus as corpus_module
+from moxe.data.config import DataConfig
+from moxe.data.corpus import prepare
+from moxe.data.packing import PackedDataset, PackedStream
+from moxe.data.tokenizer import train_tokenizer
+from moxe.errors import UserError
+from tests.data.conftest import HUB_TEXTS
+
+DOCUMENTS = [f"{a}{a} said to {b}{b} that {a} was first" for a in "abcdefghijklmnopqrst" for b in "abcde"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "data" / "corpus.txt"
+    path.parent.mkdir()
+    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    return path
+
+
+@pytest.fixture
+def config(source: Path, tmp_path: Path):
+    """A configuration of the small source; keywords change it."""
+
+    def make(**changes) -> DataConfig:
+        settings = {
+            "source": str(source),
+            "vocab_size": 300,
+            "sequence_length": 16,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return DataConfig(**{**settings, **changes})
+
+    return make
+
+
+def texts_of(dataset: PackedDataset, tokenizer) -> list[str]:
+    return [tokenizer.decode(ids[1:-1].tolist()) for ids in dataset.documents]
+
+
+def test_each_document_is_either_trained_on_or_held_out(config):
+    corpus = prepare(config(), seed=0)
+    trained = texts_of(corpus.train, corpus.tokenizer)
+    assert sorted(trained + corpus.validation_texts) == sorted(DOCUMENTS)
+    assert texts_of(corpus.validation, corpus.tokenizer) == corpus.validation_texts
+    assert 0 < len(corpus.validation_texts) < 20
+
+
+def test_statistics_count_what_is_there(config):
+    corpus = prepare(config(), seed=0)
+    statistics = corpus.statistics
+    assert statistics.train_documents == len(DOCUMENTS) - len(corpus.validation_texts)
+    assert statistics.validation_documents == len(corpus.validation_texts)
+    assert statistics.validation_bytes == sum(len(text) for text in corpus.validation_texts)
+    rows = [*corpus.train, *corpus.validation]
+    total = sum(int(row["attention_mask"].sum()) for row in rows)
+    assert statistics.train_tokens + statistics.validation_tokens == total
+    assert statistics.vocab_size == len(corpus.tokenizer) == 300
+    assert not statistics.cached
+
+
+def test_the_held_out_part_depends_on_neither_seed_nor_tokenizer_nor_max_tokens(config, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(DOCUMENTS, 280).save_pretrained(tmp_path)
+    expected = prepare(config(), seed=0).validation_texts
+    assert prepare(config(), seed=1).validation_texts == expected
+    assert prepare(config(tokenizer=str(path)), seed=0).validation_texts == expected
+    assert prepare(config(max_tokens=100), seed=0).validation_texts == expected
+
+
+def test_the_seed_shuffles_training_documents_alone(config):
+    first, again, other = (prepare(config(), seed=seed) for seed in (0, 0, 1))
+    rows = [torch.stack([row["input_ids"] for row in corpus.train]) for corpus in (first, again, other)]
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+    assert [row["input_ids"].tolist() for row in first.validation] == [
+        row["input_ids"].tolist() for row in other.validation
+    ]
+
+
+def test_a_second_run_takes_its_tokens_from_the_cache(config, monkeypatch):
+    first = prepare(config(), seed=0)
+    monkeypatch.setattr(corpus_module, "read_documents", None)
+    second = prepare(config(sequence_length=8), seed=3)
+    assert second.statistics.cached
+    assert second.statistics.train_tokens == first.statistics.train_tokens
+    assert second.validation_texts == first.validation_texts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 301},
+        {"max_tokens": 100},
+        {"validation_fraction": 0.2},
+        {"validation_documents": 3},
+        {"document_separator": "---"},
+    ],
+)
+def test_a_change_of_what_decides_the_tokens_is_not_taken_from_the_cache(config, source, change):
+    prepare(config(), seed=0)
+    source.write_text(source.read_text() + "\n---\nanother document")
+    prepare(config(), seed=0)
+    assert not prepare(config(**change), seed=0).statistics.cached
+
+
+def test_a_change_of_the_files_is_noticed_and_a_change_of_their_place_does_not_matter(config, source, tmp_path):
+    prepare(config(), seed=0)
+    moved = source.rename(tmp_path / "moved.txt")
+    assert prepare(config(source=str(moved)), seed=0).statistics.cached
+    moved.write_text(moved.read_text() + "!")
+    assert not prepare(config(source=str(moved)), seed=0).statistics.cached
+
+
+def test_max_tokens_is_met_exactly(config):
+    corpus = prepare(config(max_tokens=101), seed=0)
+    assert corpus.statistics.train_tokens == 101
+    assert len(corpus.train) == 7
+
+
+def test_a_number_of_documents_can_be_held_out(config):
+    assert len(prepare(config(validation_documents=7), seed=0).validation_texts) == 7
+
+
+def test_a_validation_source_is_read_whole_and_none_of_it_trained_on(config, tmp_path):
+    path = tmp_path / "validation.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["something else", DOCUMENTS[0].upper()]))
+    corpus = prepare(config(validation_source=str(path)), seed=0)
+    assert corpus.validation_texts == ["something else", DOCUMENTS[0].upper()]
+    assert texts_of(corpus.train, corpus.tokenizer) == DOCUMENTS[1:]
+    corpus = prepare(config(validation_source=str(path), validation_documents=1), seed=0)
+    assert corpus.validation_texts == ["something else"]
+
+
+def test_a_source_that_is_all_validation_is_refused(config, source):
+    with pytest.raises(UserError, match=r"No document of the training source .* is left"):
+        prepare(config(validation_source=str(source)), seed=0)
+
+
+def test_a_tokenizer_is_trained_without_the_held_out_documents(config, tmp_path):
+    path = tmp_path / "validation.txt"
+    path.write_text("zzzzqqqq " * 100)
+    corpus = prepare(config(validation_source=str(path), vocab_size=1000), seed=0)
+    assert "zz" not in corpus.tokenizer.get_vocab()
+
+
+def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
+    train_tokenizer(["entirely other words"], 265).save_pretrained(tmp_path)
+    corpus = prepare(config(tokenizer=str(tmp_path / "tokenizer.json")), seed=0)
+    assert len(corpus.tokenizer) == 265
+    assert set(texts_of(corpus.train, corpus.tokenizer)) < set(DOCUMENTS)
+
+
+@pytest.mark.parametrize("broken", ["source", "tokenizer", "later"])
+def test_a_failure_leaves_nothing_behind(config, source, tmp_path, broken, monkeypatch):
+    settings = config()
+    if broken == "source":
+        source.write_bytes(source.read_bytes() + b"\xff")
+    elif broken == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("{}")
+        settings = config(tokenizer=str(tmp_path / "tokenizer.json"))
+    else:
+        monkeypatch.setattr(corpus_module, "cut_at", lambda *_: (_ for _ in ()).throw(UserError("broken")))
+    with pytest.raises(UserError):
+        prepare(settings, seed=0)
+    cache = tmp_path / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_two_processes_at_once_end_with_one_whole_cache(config, tmp_path, monkeypatch):
+    expected = prepare(config(cache_dir=str(tmp_path / "other")), seed=0)
+    write = corpus_module._write
+
+    def write_after_the_other(settings, *arguments):
+        monkeypatch.setattr(corpus_module, "_write", write)
+        prepare(settings, seed=0)
+        write(settings, *arguments)
+
+    monkeypatch.setattr(corpus_module, "_write", write_after_the_other)
+    corpus = prepare(config(), seed=0)
+    assert np.array_equal(corpus.train.documents.tokens, expected.train.documents.tokens)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_user_error(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"data\.cache_dir .* cannot be written"):
+        prepare(config(cache_dir=str(tmp_path / "file")), seed=0)
+
+
+@pytest.mark.parametrize("key", ["subset", "validation_split"])
+def test_settings_of_the_hub_are_refused_for_local_data(config, key):
+    with pytest.raises(UserError, match=rf"data\.{key} is 'x', but .* is no hub data set"):
+        prepare(config(**{key: "x"}), seed=0)
+
+
+def test_the_builtin_corpus_needs_no_setting(tmp_path):
+    corpus = prepare(DataConfig(cache_dir=str(tmp_path)), seed=0)
+    assert len(corpus.tokenizer) == 4096
+    assert corpus.statistics.train_tokens > 300_000
+    assert 10 < len(corpus.validation_texts) < 100
+    shared = set(corpus.validation_texts) & set(texts_of(corpus.train, corpus.tokenizer))
+    assert not shared
+
+
+def test_a_hub_data_set_is_streamed_without_its_held_out_documents(hub, config):
+    corpus = prepare(config(source="owner/name", validation_documents=3), seed=0)
+    assert corpus.validation_texts == HUB_TEXTS[:3]
+    assert isinstance(corpus.train, PackedStream)
+    assert (corpus.statistics.train_documents, corpus.statistics.train_tokens) == (None, None)
+    tokens = torch.cat([row["input_ids"][row["attention_mask"].bool()] for row in corpus.train])
+    text = corpus.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert all(document in text for document in HUB_TEXTS[3:])
+    assert not any(document in text for document in HUB_TEXTS[:3])
+
+
+def test_a_streams_order_is_the_seeds_and_changes_from_one_pass_to_the_next(hub, config):
+    def order(seed, epoch):
+        stream = prepare(config(source="owner/name", validation_documents=1), seed=seed).train
+        assert isinstance(stream, PackedStream)
+        stream.set_epoch(epoch)
+        return [row["input_ids"].tolist() for row in stream]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != order(0, 1)
+
+
+def test_a_hub_data_set_with_max_tokens_is_kept_as_tokens(hub, config):
+    settings = config(source="owner/name", validation_documents=3, max_tokens=40)
+    corpus = prepare(settings, seed=0)
+    assert isinstance(corpus.train, PackedDataset)
+    assert corpus.statistics.train_tokens == 40
+    assert prepare(settings, seed=1).statistics.cached
+
+
+def test_a_split_of_the_hub_can_be_the_validation_data(hub, config):
+    corpus = prepare(config(source="owner/name", validation_split="validation", max_tokens=10_000), seed=0)
+    assert corpus.validation_texts == ["a text to validate on", "another one"]
+    assert corpus.statistics.train_documents == 8
+
+
+def test_another_source_can_be_the_validation_data_of_a_hub_data_set(hub, config, source):
+    corpus = prepare(config(source="owner/name", validation_source=str(source), max_tokens=10_000), seed=0)
+    assert corpus.validation_texts == DOCUMENTS
+    assert corpus.statistics.train_documents == 8
+
+
+def test_a_hub_data_set_too_small_for_its_held_out_part_is_refused(hub, config):
+    with pytest.raises(UserError, match="all are in the validation data"):
+        prepare(config(source="owner/name", max_tokens=10_000), seed=0)

@@ -1,0 +1,284 @@
+"""The whole model against the paper's equations; what it returns; how its losses treat labels and padding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moxe.models.modeling_moxe import MoxEForCausalLM
+from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, TINY, tiny_model, token_ids
+from tests.modules.comparison import assert_equal
+from tests.modules.paper import Routed, layer_forward, mlstm_block, model_forward, slstm_block, weights_of
+
+LOSSES = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
+COEFFICIENTS = {
+    "difficulty_loss_coef": 0.3,
+    "group_loss_coef": 0.5,
+    "router_z_loss_coef": 0.07,
+    "load_balancing_loss_coef": 0.2,
+}
+ROUTER_LOSS_OF = {
+    "difficulty_loss_coef": "difficulty_loss",
+    "group_loss_coef": "group_loss",
+    "router_z_loss_coef": "z_loss",
+    "load_balancing_loss_coef": "load_balancing_loss",
+}
+
+
+def total_loss_by_hand(model: MoxEForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """Equations 10 to 21 over all tokens of all rows, without labels to ignore."""
+    rows = [model_forward(model, row) for row in ids]
+    surprise = [-torch.log_softmax(logits, -1)[t, row[t + 1]] for (logits, _), row in zip(rows, ids, strict=True) for t in range(len(row) - 1)]
+    sums: dict[str, Any] = dict.fromkeys(ROUTER_LOSS_OF, 0.0)
+    layers = model.config.num_hidden_layers
+    experts, k = model.config.num_experts, model.config.num_experts_per_tok
+    for layer in range(layers):
+        routed = [decided[layer] for _, decided in rows]
+        unbiased, logits, p = (torch.cat([getattr(r, name) for r in routed]) for name in ("unbiased", "logits", "probabilities"))
+        difficulty, chosen = torch.cat([r.difficulty for r in routed]), torch.cat([r.experts for r in routed])
+        p0 = torch.softmax(unbiased, -1)
+        entropy = -(p0 * p0.log()).sum(-1) / math.log(experts)
+        p_m = p[:, : experts // 2].sum(-1).mean()
+        p_s = 1 - p_m
+        fraction = torch.stack([(chosen == e).sum() / (len(chosen) * k) for e in range(experts)])
+        sums["difficulty_loss_coef"] += ((difficulty - entropy) ** 2).mean()
+        sums["group_loss_coef"] += p_m * torch.log(2 * p_m) + p_s * torch.log(2 * p_s)
+        sums["router_z_loss_coef"] += (torch.logsumexp(logits, -1) ** 2).mean()
+        sums["load_balancing_loss_coef"] += experts * (fraction * p.mean(0)).sum()
+    terms = {ROUTER_LOSS_OF[name]: value / layers for name, value in sums.items()}
+    lm_loss = torch.stack(surprise).mean()
+    router = sum(getattr(model.config, name) * terms[ROUTER_LOSS_OF[name]] for name in sums)
+    return {"loss": lm_loss + router, "lm_loss": lm_loss, **terms}
+
+
+@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+def test_equation_04_a_layer_mixes_with_an_slstm_block_and_then_an_mlstm_block(expert_kind: str):
+    model = tiny_model(expert_kind=expert_kind)
+    layer = model.model.layers[0]
+    seen = []
+    layer.get_submodule("router").register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    row = token_ids(1, 7)
+    model(row)
+    x = model.model.embed_tokens.weight[row[0]]
+    x = x + slstm_block(x, weights_of(layer.get_submodule("slstm_mixer")), TINY["num_heads"])
+    h = x + mlstm_block(x, weights_of(layer.get_submodule("mlstm_mixer")), TINY["num_heads"])
+    assert_equal(seen[0], h)
+
+
+@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+@pytest.mark.parametrize("settings", [{}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 4}], ids=str)
+def test_the_whole_model_computes_the_papers_equations(expert_kind: str, settings: dict[str, Any]):
+    """Embedding, layers (4) to (9), final norm, head; and what each layer's router decided."""
+    model = tiny_model(expert_kind=expert_kind, **settings)
+    ids = token_ids(2, 8)
+    out = model(ids, output_router_logits=True)
+    for row in range(2):
+        logits, routed = model_forward(model, ids[row])
+        assert_equal(out.logits[row], logits)
+        assert len(out.routing) == len(routed) == TINY["num_hidden_layers"]
+        for ours, theirs in zip(out.routing, routed, strict=True):
+            assert_equal(ours.logits[row], theirs.logits)
+            assert_equal(ours.unbiased_logits[row], theirs.unbiased)
+            assert_equal(ours.difficulty[row], theirs.difficulty)
+            assert_equal(ours.expert_weights[row], theirs.weights)
+            assert torch.equal(ours.expert_indices[row], theirs.experts)
+
+
+def test_a_layer_of_the_papers_loop_is_a_layer_of_the_model():
+    """Guards the comparison itself: the loop sees the model's own weights, and routes tokens to more than one expert."""
+    model = tiny_model()
+    x = model.model.embed_tokens.weight[token_ids(1, 12)[0]]
+    _, routed = layer_forward(x, model.model.layers[0], "xlstm", heads=2, k=2, gamma=0.7)
+    assert isinstance(routed, Routed)
+    assert len(routed.experts.unique()) == TINY["num_experts"]
+
+
+@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+def test_equation_21_the_loss_and_its_terms_and_every_gradient(expert_kind: str):
+    model = tiny_model(expert_kind=expert_kind, **COEFFICIENTS)
+    ids = token_ids(2, 8)
+    out, expected = model(ids, labels=ids), total_loss_by_hand(model, ids)
+    for name in LOSSES:
+        assert getattr(out, name).shape == ()
+        assert_equal(getattr(out, name), expected[name])
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours = torch.autograd.grad(out.loss, parameters)
+    theirs = torch.autograd.grad(expected["loss"], parameters, allow_unused=True)
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("coefficient", list(COEFFICIENTS))
+def test_equation_21_each_coefficient_weighs_its_own_term(coefficient: str):
+    nothing = dict.fromkeys(COEFFICIENTS, 0.0)
+    ids = token_ids(2, 8)
+    out = tiny_model(**{**nothing, coefficient: 0.25})(ids, labels=ids)
+    assert_equal(out.loss, out.lm_loss + 0.25 * getattr(out, ROUTER_LOSS_OF[coefficient]))
+    assert_equal(tiny_model(**nothing)(ids, labels=ids).loss, out.lm_loss)
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2, 4])
+def test_equation_22_experts_do_k_parts_in_e_of_the_dense_work_and_it_is_linear_in_the_length(experts_per_token: int):
+    model = tiny_model(num_experts_per_tok=experts_per_token)
+    rows: list[int] = []
+    for layer in model.model.layers:
+        for kind in ("mlstm", "slstm"):
+            expert = layer.get_submodule(f"experts.{kind}")
+            expert.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    for tokens in (10, 20):
+        rows.clear()
+        model(token_ids(3, tokens))
+        assert sum(rows) == TINY["num_hidden_layers"] * 3 * tokens * experts_per_token
+
+
+def test_the_standard_router_has_no_difficulty_term():
+    ids = token_ids(2, 8)
+    out = tiny_model(router_kind="standard", difficulty_loss_coef=5.0)(ids, labels=ids, output_router_logits=True)
+    assert out.routing[0].difficulty is None
+    expected = out.lm_loss + 0.01 * out.group_loss + 0.001 * out.z_loss + 0.01 * out.load_balancing_loss
+    assert_equal(out.loss, expected)
+
+
+def test_without_labels_there_is_no_loss_and_without_asking_no_routing():
+    out = tiny_model()(token_ids(2, 5))
+    assert [getattr(out, name) for name in LOSSES] == [None] * len(LOSSES)
+    assert out.routing is None
+    assert out.logits.shape == (2, 5, TINY["vocab_size"])
+
+
+def test_routing_has_the_documented_shapes_and_marks_padding():
+    ids, mask = token_ids(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :2] = 0
+    out = tiny_model()(ids, attention_mask=mask, output_router_logits=True)
+    for routing in out.routing:
+        assert routing.logits.shape == routing.unbiased_logits.shape == (2, 6, 4)
+        assert routing.difficulty.shape == (2, 6)
+        assert routing.expert_indices.shape == routing.expert_weights.shape == (2, 6, 2)
+        assert routing.expert_indices.dtype == torch.int64
+        assert (routing.expert_indices[0, :2] == -1).all()
+        assert (routing.expert_indices[mask.bool()] >= 0).all()
+        for values in (routing.logits, routing.unbiased_logits, routing.difficulty, routing.expert_weights):
+            assert (values[0, :2] == 0).all()
+        assert_equal(routing.expert_weights[mask.bool()].sum(-1), torch.ones(10, dtype=torch.float64))
+
+
+def test_the_shift_is_done_inside_and_minus_100_is_ignored():
+    model, ids = tiny_model(), token_ids(2, 9)
+    labels = ids.clone()
+    labels[0, 3] = labels[1, :5] = -100
+    out = model(ids, labels=labels)
+    logits = out.logits[:, :-1].reshape(-1, TINY["vocab_size"])
+    assert_equal(out.lm_loss, F.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100))
+
+
+def test_labels_may_differ_from_the_tokens():
+    model, ids, labels = tiny_model(), token_ids(1, 6), token_ids(1, 6, seed=9)
+    out = model(ids, labels=labels)
+    assert_equal(out.lm_loss, F.cross_entropy(out.logits[0, :-1], labels[0, 1:]))
+
+
+def test_without_any_target_the_language_model_loss_is_zero_and_the_router_still_learns():
+    model, ids = tiny_model(), token_ids(2, 6)
+    out = model(ids, labels=torch.full_like(ids, -100))
+    assert out.lm_loss == 0
+    out.loss.backward()
+    assert model.get_parameter("model.layers.0.router.weight").grad.abs().sum() > 0
+
+
+def test_a_target_never_crosses_a_document():
+    """The last token of a document is asked for nothing, so the first of the next is nobody's target."""
+    model, ids = tiny_model(), token_ids(1, 9)
+    documents = torch.tensor([[4, 4, 4, 4, 1, 1, 1, 4, 4]])
+    out = model(ids, labels=ids, document_ids=documents)
+    targets = ids[0].roll(-1)
+    inside = [0, 1, 2, 4, 5, 7]
+    assert_equal(out.lm_loss, F.cross_entropy(out.logits[0, inside], targets[inside]))
+    changed = ids.clone()
+    changed[0, 4] = (ids[0, 4] + 1) % TINY["vocab_size"]
+    labels = ids.clone()
+    labels[0, 4] = -100
+    assert_equal(model(ids, labels=labels, document_ids=documents).lm_loss, out.lm_loss)
+
+
+@pytest.mark.parametrize("expert_memory", EXPERT_MEMORIES)
+@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_masked_columns_are_no_tokens_for_any_loss(expert_kind: str, expert_memory: str, side: str):
+    model = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory, **COEFFICIENTS)
+    ids = token_ids(1, 8)
+    padding = token_ids(1, 5, seed=5)
+    cut = {"left": 0, "right": 8, "middle": 3}[side]
+    padded = torch.cat([ids[:, :cut], padding, ids[:, cut:]], 1)
+    mask = torch.cat([torch.ones(1, cut), torch.zeros(1, 5), torch.ones(1, 8 - cut)], 1).long()
+    without, with_padding = model(ids, labels=ids), model(padded, attention_mask=mask, labels=padded)
+    for name in LOSSES:
+        assert_equal(getattr(with_padding, name), getattr(without, name))
+
+
+def test_the_losses_of_padded_rows_are_those_of_the_same_tokens_packed_into_one_row():
+    """Every loss is a mean over real tokens, however they lie in the batch."""
+    model = tiny_model(**COEFFICIENTS)
+    lengths = (7, 3, 5)
+    ids = token_ids(3, 7)
+    mask = torch.stack([torch.arange(7) < length for length in lengths]).long()
+    packed = torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)])[None]
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    rows = model(ids, attention_mask=mask, labels=ids)
+    one_row = model(packed, labels=packed, document_ids=documents)
+    for name in LOSSES:
+        assert_equal(getattr(rows, name), getattr(one_row, name))
+
+
+def test_logits_to_keep_returns_the_last_columns_only():
+    model, ids = tiny_model(), token_ids(2, 7)
+    whole = model(ids).logits
+    assert_equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    assert_equal(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+
+
+def test_the_model_without_a_head_returns_the_hidden_states_that_the_head_reads():
+    model, ids = tiny_model(), token_ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    hidden = model.model(ids, attention_mask=mask)
+    assert hidden.last_hidden_state.shape == (2, 7, TINY["hidden_size"])
+    assert_equal(model.lm_head(hidden.last_hidden_state), model(ids, attention_mask=mask).logits)
+    assert hidden.cache_params is not None
+    assert len(hidden.routing) == TINY["num_hidden_layers"]
+
+
+def test_the_first_output_is_the_loss_or_without_labels_the_logits_and_a_tuple_is_returned_on_request():
+    model, ids = tiny_model(), token_ids(1, 4)
+    out, with_labels = model(ids), model(ids, labels=ids)
+    assert out[0] is out.logits
+    assert with_labels[0] is with_labels.loss
+    assert with_labels[1] is with_labels.logits
+    as_tuple = model(ids, labels=ids, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert_equal(as_tuple[0], with_labels.loss)
+    assert_equal(as_tuple[1], with_labels.logits)
+
+
+def test_bfloat16_autocast_runs_and_stays_near_float32():
+    model, ids = tiny_model(dtype=torch.float32), token_ids(2, 24)
+    with torch.no_grad():
+        exact = model(ids, labels=ids).lm_loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.lm_loss.dtype == torch.float32
+    torch.testing.assert_close(out.lm_loss.detach(), exact, rtol=0.02, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_backends_agree():
+    ids = token_ids(2, 70)
+    reference, fast = (tiny_model(backend=name)(ids, labels=ids) for name in ("reference", "torch"))
+    assert_equal(fast.logits, reference.logits)
+    assert_equal(fast.loss, reference.loss)

@@ -1,0 +1,74 @@
+"""The pictures of a run come from metrics.jsonl alone, for every kind of run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from moxe.errors import UserError
+from moxe.observability.metrics import LOSS_TERMS
+from moxe.observability.plots import draw_run
+
+NAMES = ["losses.png", "utilisation.png", "routing.png"]
+
+
+def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, difficulty: bool = True) -> Path:
+    records: list[dict[str, Any]] = []
+    for step in range(1, lines + 1):
+        of_layers = [
+            {
+                "load": [1 / experts] * experts,
+                "difficulty_mean": 0.5 if difficulty else None,
+                "difficulty_variance": 0.1 if difficulty else None,
+                "router_entropy": 0.9,
+                "mlstm_share": 0.5,
+            }
+            for _ in range(layers)
+        ]
+        losses = {term: 1 / step for term in LOSS_TERMS if difficulty or term != "difficulty_loss"}
+        records.append({"step": step, "tokens": step, **losses, "gradient_norm": 1.0, "layers": of_layers})
+        records.append({"step": step, **{f"validation_{term}": value for term, value in losses.items()}})
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"lines": 5},
+        {"lines": 1},
+        {"lines": 3, "layers": 10, "experts": 16},
+        {"lines": 3, "layers": 1, "experts": 2, "difficulty": False},
+    ],
+)
+def test_a_run_gives_three_pictures(run: dict[str, Any], tmp_path: Path):
+    files = draw_run(write_run(tmp_path, **run), tmp_path / "plots")
+    assert [file.name for file in files] == NAMES
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(NAMES)
+    for file in files:
+        pixels = imread(file)
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.01
+
+
+def test_losses_that_are_not_finite_can_be_drawn(tmp_path: Path):
+    path = write_run(tmp_path, 3)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[2]["lm_loss"] = math.nan
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(draw_run(path, tmp_path / "plots")) == 3
+
+
+def test_a_missing_or_empty_metrics_file_is_refused_and_nothing_is_drawn(tmp_path: Path):
+    with pytest.raises(UserError, match="no metrics file"):
+        draw_run(tmp_path / "none.jsonl", tmp_path / "plots")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no training line"):
+        draw_run(tmp_path / "empty.jsonl", tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()

@@ -28,20 +28,27 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        moxe.load()
-        args.run(args)
+        code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except SystemExit as done:  # argparse has printed a help text or the version
-        return int(done.code or 0)
+        return code
     except KeyboardInterrupt:
         print("\nmoxe: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
         print(f"moxe: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = parse(argv)
+    except SystemExit as done:  # argparse has printed a help text or the version
+        return int(done.code or 0)
+    moxe.load()
+    args.run(args)
     return 0
 
 

@@ -48,7 +48,7 @@ def conv_by_loop(
 def grouped_linear_by_loop(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
     """Row by row: weight[e] @ x_n for the group e of row n; x [N, I], weight [E, O, I] -> [N, O]."""
     rows = [weight[e] @ x[n] for e in range(len(weight)) for n in range(row_offsets[e], row_offsets[e + 1])]
-    return torch.stack(rows) if rows else x @ weight.new_zeros(x.shape[1], weight.shape[1])
+    return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[1])
 
 
 def grouped_block_linear_by_loop(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
@@ -58,7 +58,7 @@ def grouped_block_linear_by_loop(x: Tensor, weight: Tensor, row_offsets: Sequenc
         for e in range(len(weight))
         for n in range(row_offsets[e], row_offsets[e + 1])
     ]
-    return torch.stack(rows) if rows else x @ weight.new_zeros(weight.shape[1:])
+    return torch.stack(rows) if rows else x.new_zeros(0, weight.shape[1], weight.shape[3])
 
 
 def mlstm_parallel(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor) -> Tensor:
@@ -188,7 +188,11 @@ def experts_by_masked_state(
         for start, end in zip(bounds, bounds[1:], strict=False):
             routed = (expert_indices[start:end] == expert).any(1)
             out = run_masked_expert(expert, x[start:end], routed)
-            y = y + torch.cat([y.new_zeros(start, x.shape[1]), out, y.new_zeros(len(x) - end, x.shape[1])]) * weight[:, None]
+            y = (
+                y
+                + torch.cat([y.new_zeros(start, x.shape[1]), out, y.new_zeros(len(x) - end, x.shape[1])])
+                * weight[:, None]
+            )
     return y
 
 
@@ -210,7 +214,9 @@ def masked_mlstm(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, 
     rows = []
     for t in range(len(q)):
         now = slice(t, t + 1)
-        h, new_memory, new_normaliser = mlstm_unstabilised(q[now], k[now], v[now], igate[now], fgate[now], memory, normaliser)
+        h, new_memory, new_normaliser = mlstm_unstabilised(
+            q[now], k[now], v[now], igate[now], fgate[now], memory, normaliser
+        )
         rows.append(h)
         if routed[t]:
             memory, normaliser = new_memory, new_normaliser

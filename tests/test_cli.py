@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -171,6 +172,14 @@ def test_ctrl_c_ends_with_130_and_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr("moxe.cli.info", interrupted)
     assert main(["info", "default"]) == 130
     assert capsys.readouterr().err == "\nmoxe: interrupted\n"
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed_pipe:
+        done = subprocess.run([*PROGRAM, "--help"], cwd=ROOT, stdout=closed_pipe, stderr=subprocess.PIPE, check=True)
+    assert done.stderr == b""
 
 
 def test_an_error_of_the_operating_system_is_one_sentence(capsys, monkeypatch):

@@ -53,7 +53,7 @@ def generate_text(
     _check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
     tokens = tokenizer.encode(prompt) if prompt else []
     if not tokens:
-        raise UserError("The prompt is empty: give at least one character to go on from")
+        raise UserError("the prompt is empty: give at least one character to go on from")
     input_ids = torch.tensor([tokens])
     check_vocabulary(model, [input_ids[0]])
     sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}

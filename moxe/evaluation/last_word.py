@@ -59,7 +59,7 @@ def evaluate_last_word(
     """
     scores = score_last_words(model, examples, tokenizer, batch_size=batch_size, progress=progress)
     if not scores:
-        raise UserError("There is no example to evaluate")
+        raise UserError("there is no example to evaluate")
     total = math.fsum(score.log_likelihood for score in scores)
     tokens = sum(score.num_targets for score in scores)
     return LastWordResult(
@@ -99,7 +99,7 @@ def score_last_words(
     for number, text in enumerate(examples, start=1):
         context, _, word = text.rpartition(" ")
         if not word:
-            raise UserError(f"Example {number} has no last word: {text[-40:]!r} is empty or ends in a space")
+            raise UserError(f"example {number} has no last word: {text[-40:]!r} is empty or ends in a space")
         # A text of one word has no space to put before it in the text, but it is scored as " word" all the same.
         rows.append(_encode_pair(tokenizer, context, " " + word))
     return score_rows(model, rows, batch_size=batch_size, progress=progress, description="last words")
@@ -121,5 +121,5 @@ def _encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation:
 
 def _row(context_ids: Sequence[int], continuation_ids: Sequence[int], continuation: str) -> Row:
     if not continuation_ids:
-        raise UserError(f"The tokenizer gives no token for the last word {continuation!r} behind its context")
+        raise UserError(f"the tokenizer gives no token for the last word {continuation!r} behind its context")
     return Row(torch.tensor([*context_ids, *continuation_ids]), num_targets=len(continuation_ids))

@@ -100,7 +100,7 @@ def evaluate_perplexity(
             sequences.append(torch.tensor([start, *tokens]))
             num_bytes += len(document.encode())
     if not sequences:
-        raise UserError("There is no text to evaluate: all documents are empty")
+        raise UserError("there is no text to evaluate: all documents are empty")
     if context_length is None:
         log_likelihoods = _score_with_state(model, sequences, batch_size, progress)
     else:

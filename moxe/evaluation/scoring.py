@@ -44,7 +44,7 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token_id, int):
             return token_id
-    raise UserError("The tokenizer has neither a bos nor an eos token, so a text's first token cannot be predicted")
+    raise UserError("the tokenizer has neither a bos nor an eos token, so a text's first token cannot be predicted")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -58,7 +58,7 @@ def check_vocabulary(model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
     largest = max((int(row.max()) for row in tokens if len(row)), default=0)
     if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer gives token id {largest}, but the model's vocabulary has {vocab_size} tokens: use the "
+            f"the tokenizer gives token id {largest}, but the model's vocabulary has {vocab_size} tokens: use the "
             "tokenizer the model was trained with"
         )
 

@@ -38,6 +38,10 @@ class MoxECache:
         batch_size: rows B.
     """
 
+    # What transformers asks of a state that is given to `generate`: it changes in place and has no earlier token in it.
+    is_compileable = False
+    is_croppable = False
+
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.states: dict[str, BlockState] = {}

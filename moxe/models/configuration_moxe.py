@@ -94,6 +94,16 @@ class MoxEConfig(PreTrainedConfig):
     """
 
     model_type = "moxe"
+    # Beside the logits; what transformers' Trainer leaves out of its predictions.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "cache_params",
+        "lm_loss",
+        "difficulty_loss",
+        "group_loss",
+        "z_loss",
+        "load_balancing_loss",
+        "routing",
+    ]
 
     vocab_size: int = 49152
     hidden_size: int = 640

@@ -456,11 +456,16 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache_params: MoxECache | None = None,
+        past_key_values: MoxECache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
         **kwargs,
     ) -> dict:
-        """Only the columns that the state has not seen; `generate` calls it before every step."""
+        """Only the columns that the state has not seen; `generate` calls it before every step.
+
+        The output of `generate` calls the state `past_key_values`, so it may be given back under that name too.
+        """
+        cache_params = past_key_values if cache_params is None else cache_params
         if cache_params is not None:
             input_ids = input_ids[:, cache_params.get_seq_length() :]
         length = input_ids.shape[1]

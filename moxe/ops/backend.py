@@ -1,11 +1,14 @@
 """Which implementation of the cells runs, and in which precision.
 
+Legend: none; only the dtype of a tensor matters here.
+
 `auto` is resolved once for a device, and said once in the log; nothing changes the choice in the middle of a run.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -16,7 +19,6 @@ BACKENDS = ("reference", "torch")
 logger = logging.getLogger(__name__)
 
 
-@cache
 def resolve_backend(name: str, device_type: str) -> str:
     """The backend that `name` means on a device.
 
@@ -24,11 +26,24 @@ def resolve_backend(name: str, device_type: str) -> str:
         ValueError: when there is no backend of that name.
     """
     if name == "auto":
-        logger.info("backend 'auto' is 'torch' on %s", device_type)
+        if not torch.compiler.is_compiling():
+            _say_once("torch", device_type)
         return "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of: auto, {', '.join(BACKENDS)}")
     return name
+
+
+@cache
+def _say_once(choice: str, device_type: str) -> None:
+    logger.info("backend 'auto' is %r on %s", choice, device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switches autocast off; the meta device knows none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def core_dtype(x: Tensor) -> torch.dtype:

@@ -38,7 +38,11 @@ def causal_conv(
 
     Returns:
         y [N, C] and the final state [G, T - 1, C] (no gradient) or None.
+
+    Raises:
+        ValueError: for shapes that do not agree.
     """
+    _check(x, weight, bias, segments, initial_state)
     before = weight.shape[-1] - 1
     token_row = (torch.arange(segments.num_tokens) + before * (segments.segment_of_token + 1)).to(x.device)
     start_row = segments.cu_seqlens[:-1] + torch.arange(segments.num_segments) * before
@@ -50,6 +54,19 @@ def causal_conv(
     with torch.no_grad():
         padded = _lay_out(x, initial_state, token_row, state_row)
         return y, padded[state_row + segments.lengths.to(x.device)[:, None]]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, initial_state: Tensor | None) -> None:
+    tokens, groups = segments.num_tokens, segments.num_groups
+    agree = weight.ndim == 3 and len(weight) == groups and bias.shape == weight.shape[:2]
+    if not agree or x.shape != (tokens, weight.shape[1]):
+        raise ValueError(
+            f"x, weight, bias must be [N, C], [E, C, T], [E, C] with N={tokens} tokens and E={groups} groups, "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
+        )
+    shape = (segments.num_segments, weight.shape[2] - 1, weight.shape[1])
+    if initial_state is not None and initial_state.shape != shape:
+        raise ValueError(f"initial_state must be [G, T - 1, C] = {shape}, got {tuple(initial_state.shape)}")
 
 
 def _lay_out(x: Tensor, initial_state: Tensor | None, token_row: Tensor, state_row: Tensor) -> Tensor:

@@ -16,18 +16,35 @@ from torch import Tensor
 
 
 def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
-    """y[rows of e] = x[rows of e] @ weight[e].T for x [N, I] and weight [E, O, I] -> [N, O]."""
+    """y[rows of e] = x[rows of e] @ weight[e].T for x [N, I] and weight [E, O, I] -> [N, O].
+
+    Raises:
+        ValueError: for shapes that do not agree.
+    """
+    if weight.ndim != 3 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], weight.shape[2]):
+        raise ValueError(f"x must be [N, I] and weight [E, O, I] {_sizes(x, weight, row_offsets)}")
     return _GroupedLinear.apply(*_autocast(x, weight), tuple(row_offsets))
 
 
 def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
-    """Block-diagonal products: x [N, Q, I] with weight [E, Q, I, O] -> [N, Q, O]."""
+    """Block-diagonal products: x [N, Q, I] with weight [E, Q, I, O] -> [N, Q, O].
+
+    Raises:
+        ValueError: for shapes that do not agree.
+    """
+    if weight.ndim != 4 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], *weight.shape[1:3]):
+        raise ValueError(f"x must be [N, Q, I] and weight [E, Q, I, O] {_sizes(x, weight, row_offsets)}")
     return _GroupedBlockLinear.apply(*_autocast(x, weight), tuple(row_offsets))
+
+
+def _sizes(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> str:
+    rows, groups = row_offsets[-1], len(row_offsets) - 1
+    return f"with N={rows} rows and E={groups} groups, got {tuple(x.shape)}, {tuple(weight.shape)}"
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, weight
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype)

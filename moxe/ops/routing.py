@@ -58,8 +58,13 @@ def assign(expert_indices: Tensor, sequences: Segments, *, one_token_segments: b
         expert_indices: [N, K] the experts of each token.
         sequences: which tokens form a sequence.
         one_token_segments: every assignment is a segment of its own, so that no state is carried.
+
+    Raises:
+        ValueError: when the sequences do not cover exactly the tokens of `expert_indices`.
     """
     tokens, k = expert_indices.shape
+    if sequences.num_tokens != tokens:
+        raise ValueError(f"sequences cover {sequences.num_tokens} tokens but expert_indices has {tokens}")
     flat = expert_indices.flatten()
     slot_of_row = torch.argsort(flat, stable=True)
     row_of_slot = torch.empty_like(slot_of_row)

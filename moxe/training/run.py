@@ -36,10 +36,10 @@ from moxe.training.trainer import MoxETrainer
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder and what evaluation.json holds."""
+    """A finished run: its folder and what evaluation.json holds (None in all processes but the first)."""
 
     path: Path
-    evaluation: dict[str, Any]
+    evaluation: dict[str, Any] | None
 
 
 def train(recipe: Recipe, console: Console | None = None) -> RunResult:
@@ -51,14 +51,16 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     Raises:
         UserError: for data, a tokenizer or a run folder that cannot be used, and when the gradient stops being finite.
     """
-    console = console or Console()
     training = recipe.training
     _require_reporters(training)
     folder = RunFolder(recipe)
     checkpoint = folder.open(recipe)
     with process_settings(training):
-        set_seed(training.seed)
-        corpus = prepare(recipe.data, seed=training.seed)
+        arguments = training_arguments(recipe)
+        is_main = arguments.process_index == 0
+        console = (console or Console()) if is_main else Console(quiet=True)
+        with arguments.main_process_first():
+            corpus = prepare(recipe.data, seed=training.seed)
         if isinstance(corpus.train, PackedStream) and training.max_steps == -1:
             raise UserError(f"{recipe.data.source} is streamed without end: set training.max_steps or data.max_tokens")
         tokenizer = corpus.tokenizer
@@ -67,11 +69,14 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
         recipe.model.update({name: getattr(config, name) for name in ("vocab_size", *special_tokens)})
         set_seed(training.seed)
         model = MoxEForCausalLM(config)
+        if is_main:
+            recipe.save(folder.recipe_path)
+            folder.write_versions(str(arguments.device))
+            _print_start(model, corpus, folder, console)
 
-        arguments = training_arguments(recipe)
         trainer = MoxETrainer(
             training=training,
-            metrics=MetricsFile(folder.metrics_path, _step_of(checkpoint)),
+            metrics=MetricsFile(folder.metrics_path, _step_of(checkpoint)) if is_main else None,
             model=model,
             args=arguments,
             train_dataset=corpus.train,
@@ -79,10 +84,9 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
             data_collator=default_data_collator,
             processing_class=tokenizer,
         )
-        recipe.save(folder.recipe_path)
-        folder.write_versions(str(arguments.device))
-        _print_start(model, corpus, folder, console)
         seconds = _train(trainer, checkpoint, console)
+        if not is_main:
+            return RunResult(folder.path, None)
 
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         folder.write_model(trained, tokenizer)

@@ -98,7 +98,7 @@ class MoxETrainer(Trainer):
         if model.training:
             assert num_items_in_batch is not None  # get_batch_samples counts them
             # The outputs' loss and lm_loss are already this micro-batch's part of the step's; the others are means.
-            share = count_targets(inputs) / int(num_items_in_batch)
+            share = count_targets(inputs) / max(1, int(num_items_in_batch))
             self.interval_losses.add(outputs, loss_weight=1.0, router_weight=share)
             self.interval_routing.add(outputs.routing, inputs.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
@@ -167,7 +167,7 @@ class MoxETrainer(Trainer):
         super().log({key: value for key, value in flatten(record).items() if key not in ("step", "epoch")})
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.metrics is not None and self.is_world_process_zero():
+        if self.metrics is not None:
             self.metrics.write(record)
 
     # Validation
@@ -180,7 +180,10 @@ class MoxETrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Every term of the loss as a mean over target tokens (the Trainer's own loop takes the mean over batches)."""
+        """Every term of the loss as a mean over target tokens (the Trainer's own loop takes the mean over batches).
+
+        With several processes the last rows may be counted twice, to give each process batches of one size.
+        """
         assert self.model is not None
         if not self.accelerator._models:  # validation without training: not prepared yet
             self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)

@@ -31,6 +31,8 @@ def write_documents(tmp_path: Path) -> WriteDocuments:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a data set "owner/name" that `datasets` reads as it reads one of the hub: by name, streamed."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    # Seconds `datasets` waits after each shuffled pass for readers of large parquet files to end.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     folder = tmp_path / "hub" / "owner" / "name" / "data"
     folder.mkdir(parents=True)
     write_parquet(folder / "train-00000-of-00002.parquet", HUB_TEXTS[:4])

@@ -22,14 +22,6 @@ SENTENCES = [
 VOCAB_SIZE = 320
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE whose merges make most words of SENTENCES one token; other words take several."""
@@ -55,7 +47,7 @@ def _sharpened(model: PreTrainedModel) -> PreTrainedModel:
 def moxe() -> PreTrainedModel:
     torch.manual_seed(0)
     config = MoxEConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_heads=2, num_experts=4, num_experts_per_tok=2
+        vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_heads=2, num_experts=4, num_experts_per_tok=2
     )
     return _sharpened(MoxEForCausalLM(config))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import random
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from moxe.data.sources import read_documents
 from moxe.errors import UserError
@@ -130,8 +132,16 @@ def test_a_last_word_longer_than_the_models_positions_is_refused(llama, tokenize
 
 @pytest.mark.parametrize("text", ["", "ends in a space ", " "])
 def test_a_text_without_a_last_word_is_refused_with_its_number(moxe, tokenizer, text):
-    with pytest.raises(UserError, match="Example 2 has no last word"):
+    with pytest.raises(UserError, match="example 2 has no last word"):
         evaluate_last_word(moxe, ["the sea", text], tokenizer)
+
+
+def test_a_last_word_that_the_tokenizer_drops_is_refused(moxe, tokenizer):
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.normalizer = normalizers.Replace(" ~", "")
+    dropping = type(tokenizer)(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+    with pytest.raises(UserError, match="no token for the last word ' ~'"):
+        evaluate_last_word(moxe, ["the sea ~"], dropping)
 
 
 def test_no_examples_are_refused(moxe, tokenizer):

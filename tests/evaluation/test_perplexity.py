@@ -18,7 +18,7 @@ DOCUMENTS = [
     "the old man and the sea went to the quiet town in the morning",
     "a",
     "Zoë's café — naïve!\n",
-    "she saw the green hill and the white house by the old road. " * 3,
+    "she saw the green hill and the white house by the old road. " * 2,
     "",
     "the sea",
     "\n\n  spaces   and\ttabs ",
@@ -35,12 +35,12 @@ def summed_by_loop(model, tokenizer, documents, context_length=None):
         num_bytes += len(document.encode("utf-8"))
         num_tokens += len(tokens)
         sequence = [tokenizer.eos_token_id, *tokens]
-        log_probabilities, first = None, None
+        log_probabilities, first = torch.empty(0), -1
         for position in range(1, len(sequence)):
             # The window that predicts this token ends at the next multiple of context_length, or at the end.
             length = context_length or len(tokens)
             end = min(math.ceil(position / length) * length, len(tokens))
-            if first != max(0, end - length) or log_probabilities is None:
+            if first != max(0, end - length):
                 first = max(0, end - length)
                 logits = model(input_ids=torch.tensor([sequence[first:end]])).logits[0]
                 log_probabilities = logits.double().log_softmax(-1)
@@ -70,7 +70,7 @@ def test_perplexity_of_windows_equals_a_loop_over_their_tokens_for_any_causal_mo
 
 def test_a_document_streamed_in_chunks_through_the_cache_equals_one_forward(moxe, tokenizer, monkeypatch):
     whole = evaluate_perplexity(moxe, DOCUMENTS, tokenizer)
-    for chunk_length in (1, 5, 16):
+    for chunk_length in (3, 16):
         monkeypatch.setattr(perplexity, "CHUNK_LENGTH", chunk_length)
         streamed = evaluate_perplexity(moxe, DOCUMENTS, tokenizer, batch_size=4)
         assert streamed.loss == pytest.approx(whole.loss, rel=1e-5)

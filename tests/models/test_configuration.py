@@ -64,7 +64,7 @@ def test_a_configuration_file_with_an_unknown_setting_is_refused(tmp_path: Path)
     tiny_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_expert": 8}), encoding="utf-8")
-    with pytest.raises(ValueError, match="MoxEConfig has no setting 'num_expert': did you mean 'num_experts'?"):
+    with pytest.raises(ValueError, match=re.escape("no setting 'num_expert': did you mean 'num_experts'?")):
         MoxEConfig.from_pretrained(tmp_path)
 
 
@@ -100,9 +100,7 @@ def test_every_setting_is_documented_and_nothing_else():
     text = inspect.getdoc(MoxEConfig) or ""
     arguments = text[text.index("Args:") : text.index("Raises:")]
     documented = {
-        name
-        for line in re.findall(r"^    (\w[\w, ]*):", arguments, re.MULTILINE)
-        for name in re.split(r", ", line)
+        name for line in re.findall(r"^    (\w[\w, ]*):", arguments, re.MULTILINE) for name in re.split(r", ", line)
     }
     token_numbers = {"pad_token_id", "bos_token_id", "eos_token_id"}
     assert documented | token_numbers == set(MoxEConfig.setting_names()) | token_numbers

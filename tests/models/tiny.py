@@ -32,7 +32,9 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: An
     torch.manual_seed(seed)
     model = MoxEForCausalLM(tiny_config(**settings))
     scramble(model, seed)
-    return model.to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def scramble(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:

@@ -1,17 +1,20 @@
 """The paper's equations in plain torch, one token after the other: what modules and models are held against.
 
-Written from the paper and for reading, in float64 and without one line of moxe. Tensors are of one row: x [S, D]. A block's
-weights are a dictionary with the names of its state dict, without the axis of the stack. `keep` [S] marks the tokens that a
-block sees: a token that it does not see enters neither the state nor the convolution's window, and its output is 0.
+Written from the paper and for reading, without one line of moxe; used in float64. Tensors are of one row: x [S, D]. A
+block's weights are a dictionary with the names of its state dict, without the axis of the stack. `keep` [S] marks the
+tokens that a block sees: one that it does not see enters neither the state nor the convolution's window, and its
+output is 0.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 Weights = dict[str, Tensor]
 EPS = 1e-5
@@ -103,8 +106,8 @@ def mlstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -
     k = _by_blocks(convolved, w["k_proj.weight"])
     v = _by_blocks(branch, w["v_proj.weight"])
     gates = torch.cat([q, k, v], -1) @ w["gate_weight"].T + w["gate_bias"]
-    by_head = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))
-    h = mlstm_cell(*by_head, gates[:, :heads], gates[:, heads:], keep)
+    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))
+    h = mlstm_cell(q, k, v, gates[:, :heads], gates[:, heads:], keep)
     mixed = normalise(h.flatten(1), w["head_norm.weight"], heads) + w["skip"] * convolved
     return ((mixed * silu(gate)) @ w["down_proj.weight"].T) * keep[:, None]
 
@@ -190,7 +193,9 @@ def kinds_of(expert_kind: str, num_experts: int) -> list[tuple[str, int]]:
     return [(expert_kind, e) for e in range(num_experts)]
 
 
-def layer_forward(x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, k: int, gamma: float) -> tuple[Tensor, Routed]:
+def layer_forward(
+    x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, k: int, gamma: float
+) -> tuple[Tensor, Routed]:
     """One MoxE layer over one row [S, D]: equation 4, then 5 to 9."""
     x = x + slstm_block(x, weights_of(layer.get_submodule("slstm_mixer")), heads)
     h = x + mlstm_block(x, weights_of(layer.get_submodule("mlstm_mixer")), heads)
@@ -201,9 +206,9 @@ def layer_forward(x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, 
     return y, routed
 
 
-def model_forward(model: nn.Module, row: Tensor) -> tuple[Tensor, list[Routed]]:
+def model_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Routed]]:
     """Logits [S, V] of one row of token ids [S], and what each layer's router decided."""
-    config = model.config
+    config: Any = model.config
     x = model.get_parameter("model.embed_tokens.weight")[row]
     routed = []
     for layer in model.get_submodule("model.layers").children():

@@ -2,7 +2,8 @@
 
 How its parameters map to ours:
 - its norms multiply by 1 + weight, ours by weight;
-- its convolution weight is [C, 1, T], ours [C, T]; its block-diagonal weights are [block, out, in], ours [block, in, out];
+- its convolution weight is [C, 1, T], ours [C, T];
+- its block-diagonal weights are [block, out, in], ours [block, in, out];
 - its sLSTM layer feeds the product of `fgate` into the place of the input gate and that of `igate` into the forget
   gate's; the names are swapped, the cell is the paper's;
 - its mLSTM adds 1e-6 to the normaliser, which the paper does not: set to 0 here to compare at full precision;
@@ -160,5 +161,5 @@ def assert_same_block(ours: nn.Module, theirs: nn.Module) -> None:
     expected = theirs(x)
     assert_equal(y, expected)
     projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = [torch.autograd.grad((out * projection).sum(), x)[0] for out in (y, expected)]
-    assert_equal(*found)
+    ours_gradient, theirs_gradient = (torch.autograd.grad((out * projection).sum(), x)[0] for out in (y, expected))
+    assert_equal(ours_gradient, theirs_gradient, "gradient of x")

@@ -44,10 +44,8 @@ def unbiased_by_hand(router: Router, h: Tensor) -> Tensor:
 
 def test_equation_05_difficulty_is_the_sigmoid_of_a_linear_map():
     router, h = make_router(), tokens()
-    expected = [
-        1 / (1 + torch.exp(-(torch.dot(router.get_parameter("difficulty_weight"), token) + router.difficulty_bias)))
-        for token in h
-    ]
+    weight, bias = router.get_parameter("difficulty_weight"), router.get_parameter("difficulty_bias")
+    expected = [1 / (1 + torch.exp(-(torch.dot(weight, token) + bias))) for token in h]
     difficulty = router(h).difficulty
     assert_equal(difficulty, torch.cat(expected))
     assert ((difficulty > 0) & (difficulty < 1)).all()

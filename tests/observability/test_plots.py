@@ -41,9 +41,8 @@ def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, di
 @pytest.mark.parametrize(
     "run",
     [
-        {"lines": 5},
         {"lines": 1},
-        {"lines": 3, "layers": 10, "experts": 16},
+        {"lines": 3, "layers": 4, "experts": 16},
         {"lines": 3, "layers": 1, "experts": 2, "difficulty": False},
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from moxe.training.config import TrainingConfig
 from moxe.training.optimizer import decays_weight, learning_rate_schedule
-from tests.training.conftest import tiny_model
+from tests.training.tiny import tiny_model
 
 DECAYED = {"up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "router", "lm_head"}
 

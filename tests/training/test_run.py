@@ -23,7 +23,7 @@ from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
 from moxe.training.config import TrainingConfig
 from moxe.training.run import RunResult, process_settings, train
-from tests.training.conftest import TINY
+from tests.training.tiny import TINY
 
 WORDS = "the cat sat on a mat and saw that dogs ran far over hills to find one small red hat in rain"
 
@@ -215,9 +215,10 @@ def test_resuming_a_run_that_was_trained_to_its_end_takes_no_step(copied: Path, 
     before = weights(copied)
     (copied / "evaluation.json").unlink()
     (copied / "model.safetensors").unlink()
-    result = train(make_recipe(resume=True), quiet())
+    evaluation = train(make_recipe(resume=True), quiet()).evaluation
     assert logged_steps(copied) == ALL_STEPS
-    assert result.evaluation["training"]["steps"] == 4
+    assert evaluation is not None
+    assert evaluation["training"]["steps"] == 4
     for name, weight in weights(copied).items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
 
@@ -262,6 +263,7 @@ def test_an_endless_stream_needs_a_number_of_steps(make_recipe, monkeypatch: pyt
     with pytest.raises(UserError, match=r"set training\.max_steps or data\.max_tokens"):
         train(make_recipe(max_steps=-1), quiet())
     result = train(make_recipe(sample_tokens=0), quiet())
+    assert result.evaluation is not None
     assert result.evaluation["baselines"]["bigram"] is None
     assert result.evaluation["sample"] is None
     assert logged_steps(result.path) == ALL_STEPS

@@ -13,7 +13,7 @@ from moxe.errors import UserError
 from moxe.observability.metrics import LOSS_TERMS, MetricsFile, read_metrics
 from moxe.observability.routing import routing_statistics
 from moxe.training.trainer import count_targets, flatten
-from tests.training.conftest import Rows, tiny_model
+from tests.training.tiny import Rows, tiny_model
 
 NO_ROUTER_LOSSES = {
     "difficulty_loss_coef": 0.0,

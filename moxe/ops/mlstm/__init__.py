@@ -5,10 +5,9 @@ Legend: N packed tokens, H heads, Dh head size, G segments.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from moxe.ops.backend import resolve_backend
+from moxe.ops.backend import core_dtype, resolve_backend, without_autocast
 from moxe.ops.mlstm.reference import mlstm_reference
 from moxe.ops.mlstm.state import MLSTMState, empty_state
 from moxe.ops.mlstm.torch_backend import chunk_length, mlstm_torch
@@ -46,15 +45,19 @@ def mlstm(
         ValueError: for shapes that do not agree or an unknown backend.
     """
     _check(q, k, v, igate, fgate, segments, initial_state)
-    inputs = (q, k, v, igate, fgate, segments.cu_seqlens)
+    cu_seqlens = segments.cu_seqlens
     # bfloat16 products inside the core spoil its gradients: autocast is for the projections around it.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if resolve_backend(backend, q.device.type) == "torch":
             c0, n0, m0 = initial_state or (None, None, None)
-            h, *final = mlstm_torch(*inputs, c0, n0, m0, chunk_length(q.shape[-1]), return_final_state)
+            longest = chunk_length(q.shape[-1])
+            h, *final = mlstm_torch(q, k, v, igate, fgate, cu_seqlens, c0, n0, m0, longest, return_final_state)
         else:
+            dtype = core_dtype(q)
+            inputs = (q.to(dtype), k.to(dtype), v.to(dtype), igate.to(dtype), fgate.to(dtype))
             state = initial_state or empty_state(segments.num_segments, *q.shape[1:], like=q)
-            h, *final = mlstm_reference(*inputs, *state)
+            h, *final = mlstm_reference(*inputs, cu_seqlens, *state)
+    h = h.to(q.dtype)
     return h, MLSTMState(*final) if return_final_state else None
 
 
@@ -70,8 +73,10 @@ def _check(
         )
     if segments.num_tokens != tokens:
         raise ValueError(f"segments cover {segments.num_tokens} tokens but q has {tokens}")
-    if state is not None and state.c.shape != (segments.num_segments, heads, size, size):
-        raise ValueError(
-            f"initial c must be [G, H, Dh, Dh] = {(segments.num_segments, heads, size, size)}, "
-            f"got {tuple(state.c.shape)}"
-        )
+    if state is not None:
+        of_m = (segments.num_segments, heads)
+        if state.c.shape != (*of_m, size, size) or state.n.shape != (*of_m, size) or state.m.shape != of_m:
+            raise ValueError(
+                f"initial c, n, m must be [G, H, Dh, Dh] = {(*of_m, size, size)}, [G, H, Dh], [G, H], "
+                f"got {tuple(state.c.shape)}, {tuple(state.n.shape)}, {tuple(state.m.shape)}"
+            )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moxe.ops.backend import core_dtype
+from moxe.ops.backend import core_dtype, without_autocast
 from moxe.ops.mlstm.state import MLSTMState, empty_state
 
 # A chunk joins the width group of the longest chunk if it fills at least this part of its rows.
@@ -446,7 +446,7 @@ def _backward(ctx, dh, dc, dn, dm):
         return (None,) * 11
     if ctx.final_is_empty:
         dc, dn = None, None
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with without_autocast(tensors[0].device.type):
         *grads, dc0, dn0 = mlstm_torch_backward(*tensors, ctx.longest_chunk, dh, dc, dn)
     if tensors[6] is None:
         dc0, dn0 = None, None

@@ -5,10 +5,9 @@ Legend: N packed tokens, H heads, Dh head size, G segments, E groups (weight set
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from moxe.ops.backend import resolve_backend
+from moxe.ops.backend import core_dtype, resolve_backend, without_autocast
 from moxe.ops.segments import Segments
 from moxe.ops.slstm.reference import slstm_reference
 from moxe.ops.slstm.state import SLSTMState, empty_state
@@ -46,12 +45,15 @@ def slstm(
     heads, size = gates.shape[1], gates.shape[3]
     offsets = list(segments.group_offsets)
     state = initial_state or empty_state(segments.num_segments, heads, size, like=gates)
-    inputs = (gates, recurrent, segments.cu_seqlens, offsets, *state)
-    with torch.autocast(gates.device.type, enabled=False):
+    with without_autocast(gates.device.type):
         if resolve_backend(backend, gates.device.type) == "torch":
+            inputs = (gates, recurrent, segments.cu_seqlens, offsets, *state)
             h, *final, _, _ = slstm_torch(*inputs, return_final_state)
         else:
+            dtype = core_dtype(gates)
+            inputs = (gates.to(dtype), recurrent.to(dtype), segments.cu_seqlens, offsets, *state)
             h, *final = slstm_reference(*inputs)
+    h = h.to(gates.dtype)
     return h, SLSTMState(*final) if return_final_state else None
 
 
@@ -66,7 +68,6 @@ def _check(gates: Tensor, recurrent: Tensor, segments: Segments, state: SLSTMSta
         )
     if segments.num_tokens != tokens:
         raise ValueError(f"segments cover {segments.num_tokens} tokens but gates has {tokens}")
-    if state is not None and state.c.shape != (segments.num_segments, heads, size):
-        raise ValueError(
-            f"initial c must be [G, H, Dh] = {(segments.num_segments, heads, size)}, got {tuple(state.c.shape)}"
-        )
+    shape = (segments.num_segments, heads, size)
+    if state is not None and any(x.shape != shape for x in state):
+        raise ValueError(f"initial c, n, m, h must be [G, H, Dh] = {shape}, got {[tuple(x.shape) for x in state]}")

@@ -18,9 +18,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import logsigmoid
 
-from moxe.ops.backend import core_dtype
+from moxe.ops.backend import core_dtype, without_autocast
 
 
 @dataclass(frozen=True)
@@ -182,15 +183,24 @@ def slstm_torch(
     return (out, *final, saved_gates, saved_states)  # type: ignore[return-value]
 
 
+def _num_rows(cu_seqlens: Tensor, group_offsets: list[int], heads: int) -> int | torch.SymInt:
+    """Time-major rows: known from the lengths where they have values (meta tensors), else unknown (torch.compile)."""
+    if isinstance(cu_seqlens, FakeTensor):
+        return torch.library.get_ctx().new_dynamic_size()
+    return len(_plan(tuple(cu_seqlens.tolist()), tuple(group_offsets), heads, cu_seqlens.device).input_row)
+
+
 @slstm_torch.register_fake
 def _(gates, recurrent, cu_seqlens, group_offsets, c0, n0, m0, h0, return_final_state):
     dtype, (tokens, heads, _, size) = core_dtype(gates), gates.shape
     segments = cu_seqlens.shape[0] - 1 if return_final_state else 0
     out = gates.new_empty(tokens, heads, size)
     final = (gates.new_empty(segments, heads, size, dtype=dtype) for _ in range(4))
-    rows, rows_and_initial = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    rows = _num_rows(cu_seqlens, group_offsets, heads)
+    most_segments = max((last - first for first, last in pairwise(group_offsets)), default=0)
+    full = len(recurrent) * heads * most_segments
     saved_gates = gates.new_empty(5, rows, size, dtype=dtype)
-    saved_states = gates.new_empty(3, rows_and_initial, size, dtype=dtype)
+    saved_states = gates.new_empty(3, full + rows, size, dtype=dtype)
     return (out, *final, saved_gates, saved_states)
 
 
@@ -308,7 +318,7 @@ def _backward(ctx, dh, dc, dn, dm, dh_final, *of_saved):
     recurrent, cu_seqlens, saved_gates, saved_states = ctx.saved_tensors
     if not ctx.has_final_state:
         dc = dn = dh_final = None
-    with torch.autocast(recurrent.device.type, enabled=False):
+    with without_autocast(recurrent.device.type):
         grads = slstm_torch_backward(
             recurrent, cu_seqlens, ctx.group_offsets, saved_gates, saved_states, dh, dc, dn, dh_final
         )

@@ -1,0 +1,131 @@
+"""The torch backends are proper torch operators: schemas, fake kernels, torch.compile, meta tensors, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moxe.ops.mlstm import mlstm
+from moxe.ops.mlstm.torch_backend import mlstm_torch, mlstm_torch_backward
+from moxe.ops.segments import Segments
+from moxe.ops.slstm import slstm
+from moxe.ops.slstm.torch_backend import slstm_torch, slstm_torch_backward
+from tests.ops.cells import HEADS, MLSTM, SIZE, SLSTM, Cell, Inputs, true_memory
+from tests.tolerances import assert_close
+
+SEGMENTS = Segments.from_lengths([5, 0, 12, 1], (0, 1, 4))
+both_cells = pytest.mark.parametrize("cell", [MLSTM, SLSTM], ids=["mlstm", "slstm"])
+
+
+def leaves_of(cell: Cell, dtype: torch.dtype = torch.float32) -> Inputs:
+    inputs = cell.make_inputs(SEGMENTS, dtype, with_state=True)
+    return {name: x.requires_grad_(name != "m0") for name, x in inputs.items()}
+
+
+def test_the_mlstm_op_keeps_to_its_schema_and_its_fake_kernel():
+    tokens = [leaves_of(MLSTM)[name] for name in MLSTM.token_inputs]
+    torch.library.opcheck(mlstm_torch, (*tokens, SEGMENTS.cu_seqlens, None, None, None, 5, False))
+
+
+def test_the_mlstm_op_with_states_keeps_to_its_schema_and_its_fake_kernel():
+    inputs = leaves_of(MLSTM, torch.bfloat16)
+    tokens = [inputs[name] for name in MLSTM.token_inputs]
+    state = [inputs[name] for name in MLSTM.state_inputs]
+    torch.library.opcheck(mlstm_torch, (*tokens, SEGMENTS.cu_seqlens, *state, 5, True))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_the_mlstm_backward_op_keeps_to_its_schema_and_its_fake_kernel(with_state: bool):
+    inputs = MLSTM.make_inputs(SEGMENTS, torch.bfloat16, with_state=True)
+    tokens = [inputs[name] for name in MLSTM.token_inputs]
+    state = [inputs[name] for name in MLSTM.state_inputs] if with_state else [None] * 3
+    gradients = (torch.ones_like(inputs["q"]), inputs["c0"], None)
+    torch.library.opcheck(mlstm_torch_backward, (*tokens, SEGMENTS.cu_seqlens, *state, 5, *gradients))
+
+
+@pytest.mark.parametrize("return_final_state", [False, True])
+def test_the_slstm_op_keeps_to_its_schema_and_its_fake_kernel(return_final_state: bool):
+    inputs = leaves_of(SLSTM)
+    state = [inputs[name] for name in SLSTM.state_inputs]
+    offsets = list(SEGMENTS.group_offsets)
+    arguments = (inputs["gates"], inputs["recurrent"], SEGMENTS.cu_seqlens, offsets, *state, return_final_state)
+    torch.library.opcheck(slstm_torch, arguments)
+
+
+def test_the_slstm_backward_op_keeps_to_its_schema_and_its_fake_kernel():
+    inputs = SLSTM.make_inputs(SEGMENTS, torch.float32, with_state=True)
+    offsets = list(SEGMENTS.group_offsets)
+    state = [inputs[name] for name in SLSTM.state_inputs]
+    h, *_, gates, states = slstm_torch(
+        inputs["gates"], inputs["recurrent"], SEGMENTS.cu_seqlens, offsets, *state, False
+    )
+    gradients = (torch.ones_like(h), inputs["c0"], None, inputs["h0"])
+    arguments = (inputs["recurrent"], SEGMENTS.cu_seqlens, offsets, gates, states, *gradients)
+    torch.library.opcheck(slstm_torch_backward, arguments)
+
+
+@pytest.mark.parametrize("of_state_alone", [False, True], ids=["h and state", "state alone"])
+@both_cells
+def test_a_compiled_function_gives_the_same(cell: Cell, of_state_alone: bool):
+    """One graph, through the fake kernels; `aot_eager` needs no C compiler."""
+    inputs = leaves_of(cell)
+
+    def loss(inputs: Inputs) -> Tensor:
+        state = cell.state_type(*(inputs[name] for name in cell.state_inputs))
+        tensors = [2 * inputs[name] for name in (*cell.token_inputs, *cell.weights)]
+        op = mlstm if cell is MLSTM else slstm
+        h, final = op(*tensors, SEGMENTS, initial_state=state, return_final_state=True)  # type: ignore[arg-type]
+        assert final is not None
+        of_state = sum(x.square().sum() for x in true_memory(final))
+        return of_state if of_state_alone else of_state + h.square().sum()  # type: ignore[return-value]
+
+    wanted = {name: x for name, x in inputs.items() if x.requires_grad}
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(inputs)
+    eager = loss(inputs)
+    assert_close(compiled, eager, cell.name, "loss")
+    pairs = zip(*(torch.autograd.grad(x, list(wanted.values())) for x in (compiled, eager)), strict=True)
+    for name, (actual, expected) in zip(wanted, pairs, strict=True):
+        assert_close(actual, expected, cell.name, f"gradient of {name}")
+
+
+@both_cells
+def test_meta_tensors_pass_through(cell: Cell):
+    inputs = {name: x.to("meta") for name, x in cell.make_inputs(SEGMENTS, torch.bfloat16, with_state=True).items()}
+    h, state = cell.implementations["torch"](inputs, SEGMENTS)
+    assert h.device.type == "meta"
+    assert h.dtype == torch.bfloat16
+    assert h.shape == (SEGMENTS.num_tokens, HEADS, SIZE)
+    assert [x.shape for x in state] == [inputs[name].shape for name in cell.state_inputs]
+    assert {x.dtype for x in state} == {torch.float32}
+
+
+def test_the_mlstm_gradients_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 1, 2)] * 3 + [(5, 1)] * 2 + [(2, 1, 2, 2), (2, 1, 2)]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    m0 = torch.tensor([[0.5], [-0.5]], dtype=torch.float64)
+
+    def h_and_memory(*leaves: Tensor) -> list[Tensor]:
+        cu_seqlens = torch.tensor([0, 4, 5])
+        h, *state = mlstm_torch(*leaves[:5], cu_seqlens, *leaves[5:], m0, 2, True)
+        return [h, *true_memory(MLSTM.state_type(*state))]
+
+    assert torch.autograd.gradcheck(h_and_memory, leaves)
+
+
+def test_the_slstm_gradients_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 1, 4, 2), (2, 1, 2, 4, 2), (3, 1, 2), (3, 1, 2), (3, 1, 2)]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    m0 = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64).view(3, 1, 2)
+    segments = Segments.from_lengths([3, 1, 1], (0, 1, 3))
+
+    def h_and_memory(gates: Tensor, recurrent: Tensor, c0: Tensor, log_n0: Tensor, h0: Tensor) -> list[Tensor]:
+        state = SLSTM.state_type(c0, log_n0.exp(), m0, h0)
+        h, final = slstm(gates, recurrent, segments, initial_state=state, return_final_state=True, backend="torch")  # type: ignore[arg-type]
+        assert final is not None
+        return [h, *true_memory(final)]
+
+    assert torch.autograd.gradcheck(h_and_memory, leaves)

@@ -1,0 +1,170 @@
+"""Grouped products against a loop over rows.
+
+Legend: N rows, E groups, I inputs, O outputs, Q blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moxe.ops.grouped_linear import grouped_block_linear, grouped_linear
+from tests.oracles import grouped_block_linear_by_loop, grouped_linear_by_loop
+from tests.tolerances import assert_close
+
+
+@dataclass(frozen=True)
+class Product:
+    op: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
+    loop: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
+    row_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+
+
+PRODUCTS = {
+    "dense": Product(grouped_linear, grouped_linear_by_loop, (3,), (5, 3)),
+    "block-diagonal": Product(grouped_block_linear, grouped_block_linear_by_loop, (2, 3), (2, 3, 4)),
+}
+ROW_OFFSETS = {
+    "one group": (0, 7),
+    "one row": (0, 1),
+    "no rows": (0, 0, 0),
+    "unequal groups, some without rows": (0, 0, 4, 5, 5, 11, 11),
+}
+
+both_products = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+every_grouping = pytest.mark.parametrize("row_offsets", ROW_OFFSETS.values(), ids=ROW_OFFSETS)
+
+
+def draw(product: Product, row_offsets: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(row_offsets[-1], *product.row_shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(len(row_offsets) - 1, *product.weight_shape, generator=generator, dtype=torch.float64)
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+
+
+def check_against_loop(product: Product, row_offsets: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = draw(product, row_offsets, dtype)
+    of_loop = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    y, expected = product.op(x, weight, row_offsets), product.loop(*of_loop, row_offsets)
+    dy = torch.randint(-9, 10, y.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(y, [x, weight], dy.to(dtype))
+    loss = (expected * dy).sum() + 0 * sum(leaf.sum() for leaf in of_loop)  # a group without rows: zero, not None
+    expected_grads = torch.autograd.grad(loss, of_loop)
+    assert_close(y, expected, "grouped_linear", "y")
+    for name, grad, expected_grad in zip(("x", "weight"), grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, "grouped_linear", f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@every_grouping
+@both_products
+def test_outputs_and_gradients_match_the_loop(product: Product, row_offsets: tuple[int, ...], dtype: torch.dtype):
+    check_against_loop(product, row_offsets, dtype)
+
+
+@every_grouping
+@both_products
+@pytest.mark.usefixtures("poisoned_memory")
+def test_no_uninitialised_memory_is_ever_read(product: Product, row_offsets: tuple[int, ...]):
+    check_against_loop(product, row_offsets, torch.float32)
+
+
+@both_products
+def test_gradients_are_those_of_finite_differences(product: Product):
+    row_offsets = (0, 0, 3, 4, 4)
+    leaves = draw(product, row_offsets, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, weight: product.op(x, weight, row_offsets), leaves)
+
+
+@both_products
+def test_a_group_without_rows_gets_a_gradient_of_exactly_zero(product: Product):
+    row_offsets = (0, 0, 3, 3)
+    x, weight = draw(product, row_offsets, torch.float32)
+    product.op(x, weight, row_offsets).square().sum().backward()
+    assert weight.grad is not None
+    assert [bool(grad.any()) for grad in weight.grad] == [False, True, False]
+
+
+@both_products
+def test_inputs_and_gradients_need_not_be_contiguous(product: Product):
+    row_offsets = (0, 2, 5)
+    x, weight = draw(product, row_offsets, torch.float64)
+    strided = [torch.stack([leaf, leaf], -1)[..., 0] for leaf in (x, weight)]
+    y = product.op(strided[0], strided[1], row_offsets)
+    assert_close(y, product.op(x, weight, row_offsets), "grouped_linear", "y")
+    expanded = torch.autograd.grad(y.sum(), [x, weight])
+    dense = torch.autograd.grad(product.op(x, weight, row_offsets), [x, weight], torch.ones_like(y))
+    for actual, expected in zip(expanded, dense, strict=True):
+        assert_close(actual, expected, "grouped_linear", "gradient")
+
+
+@both_products
+def test_only_what_wants_a_gradient_gets_one(product: Product):
+    row_offsets = (0, 2, 5)
+    x, weight = draw(product, row_offsets, torch.float64)
+    dx, dweight = torch.autograd.grad(product.op(x, weight, row_offsets).sum(), [x, weight])
+    (dx_alone,) = torch.autograd.grad(product.op(x, weight.detach(), row_offsets).sum(), [x])
+    (dweight_alone,) = torch.autograd.grad(product.op(x.detach(), weight, row_offsets).sum(), [weight])
+    assert dx_alone.equal(dx)
+    assert dweight_alone.equal(dweight)
+
+
+@both_products
+def test_autocast_runs_the_products_in_its_dtype_and_gives_gradients_in_that_of_the_weights(product: Product):
+    row_offsets = (0, 2, 5)
+    x, weight = draw(product, row_offsets, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = product.op(x, weight, row_offsets)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, product.loop(x.bfloat16().double(), weight.bfloat16().double(), row_offsets), "grouped_linear", "y")
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "row_offsets", "named"),
+    [
+        ((5, 3), (2, 4, 2), (0, 2, 5), "(2, 4, 2)"),
+        ((5, 3), (1, 4, 3), (0, 2, 5), "(1, 4, 3)"),
+        ((6, 3), (2, 4, 3), (0, 2, 5), "(6, 3)"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_refused_with_the_sizes(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], row_offsets: tuple[int, ...], named: str
+):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        grouped_linear(torch.zeros(x_shape), torch.zeros(weight_shape), row_offsets)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "row_offsets", "named"),
+    [
+        ((5, 2, 3), (2, 2, 4, 3), (0, 2, 5), "(2, 2, 4, 3)"),
+        ((5, 2, 3), (1, 2, 3, 4), (0, 2, 5), "(1, 2, 3, 4)"),
+        ((5, 3, 3), (2, 2, 3, 4), (0, 2, 5), "(5, 3, 3)"),
+        ((6, 2, 3), (2, 2, 3, 4), (0, 2, 5), "(6, 2, 3)"),
+    ],
+)
+def test_block_shapes_that_do_not_agree_are_refused_with_the_sizes(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], row_offsets: tuple[int, ...], named: str
+):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        grouped_block_linear(torch.zeros(x_shape), torch.zeros(weight_shape), row_offsets)
+
+
+@both_products
+def test_meta_tensors_pass_through(product: Product):
+    row_offsets = (0, 2, 5)
+    x, weight = (leaf.detach() for leaf in draw(product, row_offsets, torch.bfloat16))
+    y = product.op(x.to("meta"), weight.to("meta"), row_offsets)
+    assert y.device.type == "meta"
+    assert y.shape == product.op(x, weight, row_offsets).shape
+    assert y.dtype == torch.bfloat16

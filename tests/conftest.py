@@ -26,7 +26,8 @@ def one_thread() -> Iterator[None]:
 def poisoned_memory() -> Iterator[None]:
     """Memory that torch hands out uninitialised is filled with NaN (integers: their largest value)."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,7 @@
 """Plain, slow implementations that are right at sight: what the ops are held against.
 
-Legend: T tokens of one sequence, N packed tokens, H heads, Dh head size, G segments, E groups (weight sets), C channels.
+Legend: T tokens of one sequence, N packed tokens, H heads, Dh head size, G segments, E groups (weight sets),
+C channels, I inputs, O outputs, Q blocks, D hidden size, K experts a token.
 
 None of them shares code with moxe. A cell's oracle here treats one segment; `moxe.ops.*.reference` treats all, and is
 itself held against these.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -96,7 +98,7 @@ def mlstm_unstabilised(
 def mlstm_with_gradient_through_m(
     q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One segment from an empty memory, stabilised, nothing detached: h [T, H, Dh] and the true memories C e^m, n e^m."""
+    """One segment from an empty memory, stabilised, nothing detached: h [T, H, Dh], and the memory C e^m, n e^m."""
     _, heads, size = q.shape
     c, n = q.new_zeros(heads, size, size), q.new_zeros(heads, size)
     m = igate.new_full((heads,), -torch.inf)
@@ -131,7 +133,7 @@ def slstm_unstabilised(
 
 
 def slstm_with_gradient_through_m(gates: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One segment from an empty memory, stabilised, nothing detached: h [T, H, Dh] and the true memories c e^m, n e^m."""
+    """One segment from an empty memory, stabilised, nothing detached: h [T, H, Dh], and the memory c e^m, n e^m."""
     c = gates.new_zeros(gates.shape[1], gates.shape[3])
     n, h, m = torch.zeros_like(c), torch.zeros_like(c), torch.full_like(c, -torch.inf)
     rows = []
@@ -161,7 +163,7 @@ def experts_by_double_loop(
     """
     y = torch.zeros_like(x)
     for expert in range(num_experts):
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             tokens = [t for t in range(start, end) if expert in expert_indices[t].tolist()]
             if tokens:
                 weight = (expert_weights[tokens] * (expert_indices[tokens] == expert)).sum(1)
@@ -179,20 +181,16 @@ def experts_by_masked_state(
 ) -> Tensor:
     """Each expert on every token of each sequence, its memory touched by the tokens routed to it alone.
 
-    run_masked_expert: (expert, all tokens of a sequence [T, D], routed [T] bool) -> outputs [T, D]; those of tokens that
-    are not routed to the expert count for nothing.
+    run_masked_expert: (expert, all tokens of a sequence [T, D], routed [T] bool) -> outputs [T, D]; those of other
+    tokens count for nothing.
     """
     y = torch.zeros_like(x)
     for expert in range(num_experts):
         weight = (expert_weights * (expert_indices == expert)).sum(1)
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             routed = (expert_indices[start:end] == expert).any(1)
             out = run_masked_expert(expert, x[start:end], routed)
-            y = (
-                y
-                + torch.cat([y.new_zeros(start, x.shape[1]), out, y.new_zeros(len(x) - end, x.shape[1])])
-                * weight[:, None]
-            )
+            y = y.index_add(0, torch.arange(start, end), weight[start:end, None] * out)
     return y
 
 
@@ -203,23 +201,21 @@ def masked_conv(x: Tensor, weight: Tensor, bias: Tensor, routed: Tensor) -> Tens
     rows = []
     for t in range(len(x)):
         inputs = [*window, x[t]]
-        rows.append(bias + sum(weight[:, j] * inputs[j] for j in range(taps)))
+        rows.append(bias + (weight * torch.stack(inputs, 1)).sum(1))
         window = inputs[1:] if routed[t] else window
     return torch.stack(rows) if rows else x.clone()
 
 
 def masked_mlstm(q: Tensor, k: Tensor, v: Tensor, igate: Tensor, fgate: Tensor, routed: Tensor) -> Tensor:
-    """One sequence, unstabilised: every token reads the memory as it would write it, routed tokens alone leave it written."""
+    """One sequence, unstabilised: every token reads the memory with itself written; only routed ones leave it so."""
     memory, normaliser = q.new_zeros(*q.shape[1:], q.shape[2]), q.new_zeros(q.shape[1:])
     rows = []
     for t in range(len(q)):
         now = slice(t, t + 1)
-        h, new_memory, new_normaliser = mlstm_unstabilised(
-            q[now], k[now], v[now], igate[now], fgate[now], memory, normaliser
-        )
+        h, *written = mlstm_unstabilised(q[now], k[now], v[now], igate[now], fgate[now], memory, normaliser)
         rows.append(h)
         if routed[t]:
-            memory, normaliser = new_memory, new_normaliser
+            memory, normaliser = written
     return torch.cat(rows) if rows else q.clone()
 
 
@@ -229,8 +225,8 @@ def masked_slstm(gates: Tensor, recurrent: Tensor, routed: Tensor) -> Tensor:
     normaliser, h = torch.zeros_like(memory), torch.zeros_like(memory)
     rows = []
     for t in range(len(gates)):
-        out, new_memory, new_normaliser = slstm_unstabilised(gates[t : t + 1], recurrent, memory, normaliser, h)
+        out, *written = slstm_unstabilised(gates[t : t + 1], recurrent, memory, normaliser, h)
         rows.append(out)
         if routed[t]:
-            memory, normaliser, h = new_memory, new_normaliser, out[0]
+            memory, normaliser, h = *written, out[0]
     return torch.cat(rows) if rows else gates[:, :, 0].clone()

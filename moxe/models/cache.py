@@ -7,12 +7,13 @@ Its size does not depend on how many tokens were seen. Every tensor is [B, E, ..
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -109,18 +110,24 @@ class MoxECache:
         self.batch_size = len(rows)
 
     def save(self, path: str | Path) -> None:
-        """Writes the state as a safetensors file."""
+        """Writes the state as a safetensors file; a file of that name is replaced when the new one is whole."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors()}
-        save_file({**tensors, "document": self.document}, path, metadata={"seq_length": str(self.seq_length)})
+        unfinished = Path(f"{path}.unfinished")
+        save_file({**tensors, "document": self.document}, unfinished, metadata={"seq_length": str(self.seq_length)})
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> MoxECache:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: when the file holds no cache.
+            UserError: when there is no such file or it holds no cache.
         """
-        with safe_open(path, "pt", device=device) as file:
+        try:
+            opened = safe_open(path, "pt", device=device)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} can not be read as a saved MoxE state: {error}") from None
+        with opened as file:
             names, metadata = set(file.keys()), file.metadata() or {}
             if "document" not in names or "seq_length" not in metadata:
                 raise UserError(f"{path} holds no saved MoxE state: it lacks 'document' or 'seq_length'")

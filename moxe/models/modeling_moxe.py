@@ -424,9 +424,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         """Equation 21 and its terms, by their names in the output. Without any target the language-model loss is 0."""
         config = self.config
         num_targets = int((targets != -100).sum())
-        total = num_targets if num_items_in_batch is None else num_items_in_batch
-        if isinstance(total, Tensor):
-            total = total.to(logits.device)
+        total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
         cross_entropy = F.cross_entropy(
             logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum"
         )
@@ -457,15 +455,20 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         cache_params: MoxECache | None = None,
         past_key_values: MoxECache | None = None,
+        document_ids: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
         **kwargs,
     ) -> dict:
         """Only the columns that the state has not seen; `generate` calls it before every step.
 
-        The output of `generate` calls the state `past_key_values`, so it may be given back under that name too.
+        The output of `generate` calls the state `past_key_values`, so it may be given back under that name too. What is
+        generated belongs to the document of the prompt's last column.
         """
         cache_params = past_key_values if cache_params is None else cache_params
+        if document_ids is not None:
+            generated = input_ids.shape[1] - document_ids.shape[1]
+            document_ids = torch.cat([document_ids, document_ids[:, -1:].expand(-1, generated)], dim=1)
         if cache_params is not None:
             input_ids = input_ids[:, cache_params.get_seq_length() :]
         length = input_ids.shape[1]
@@ -476,6 +479,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         return {
             "input_ids": input_ids,
             "attention_mask": None if attention_mask is None else attention_mask[:, -length:],
+            "document_ids": None if document_ids is None else document_ids[:, -length:],
             "cache_params": cache_params,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep or 1,

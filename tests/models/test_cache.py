@@ -97,6 +97,23 @@ def test_a_file_that_holds_no_cache_is_refused_with_its_name(tmp_path: Path):
         MoxECache.load(path)
 
 
+@pytest.mark.parametrize("content", [None, b"no tensors"], ids=["missing", "garbage"])
+def test_a_file_that_can_not_be_read_is_refused_with_its_name(content: bytes | None, tmp_path: Path):
+    path = tmp_path / "state.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{path} can not be read as a saved MoxE state")):
+        MoxECache.load(path)
+
+
+def test_saving_replaces_a_file_and_leaves_no_other_behind(tmp_path: Path):
+    model, path = tiny_model(), tmp_path / "state.safetensors"
+    for tokens in (3, 5):
+        prefilled(model, token_ids(1, tokens)).save(path)
+    assert MoxECache.load(path).get_seq_length() == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_cache_of_another_batch_size_is_refused():
     model = tiny_model()
     cache = prefilled(model, token_ids(3, 4))
@@ -174,6 +191,18 @@ def test_documents_over_many_calls_equal_one_call(expert_kind: str):
         out = model(ids[:, column], document_ids=documents[:, column], cache_params=cache, use_cache=True)
         cache = out.cache_params
         assert_equal(out.logits, whole[:, column])
+
+
+def test_what_begins_anew_in_a_kept_state_begins_in_the_scale_of_its_first_token():
+    """Rows, documents and experts that have seen nothing hold m = -inf: in a scale of m = 0 these gates are all 0."""
+    model, ids = tiny_model(), token_ids(2, 10)
+    documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * 10])
+    expected = model(ids, document_ids=documents).logits
+    for name, parameter in model.named_parameters():
+        if "slstm" in name and name.endswith("gate_bias"):
+            parameter[:, :, 0] -= 1000  # input gates: only their ratios count
+    cache = prefilled(model, ids[:, :5], document_ids=documents[:, :5])
+    assert_equal(model(ids[:, 5:], document_ids=documents[:, 5:], cache_params=cache).logits, expected[:, 5:])
 
 
 def test_documents_with_padding_over_two_calls():

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from moxe.models.cache import MoxECache
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, tiny_model, token_ids
+from tests.modules.comparison import assert_equal
 
 NEW = 8
 PAD = 39  # of no prompt here: without a mask, generate takes padding tokens in a prompt for padding
@@ -22,9 +23,8 @@ def prompts(rows: int, tokens: int, seed: int = 0) -> Tensor:
     return token_ids(rows, tokens, seed, vocab_size=PAD)
 
 
-def generate(model: MoxEForCausalLM, ids: Tensor, **settings: Any) -> Any:
-    run: Any = model.generate
-    return run(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **settings})
+def generate(model: Any, ids: Tensor, **settings: Any) -> Any:
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, **settings})
 
 
 @torch.no_grad()
@@ -102,6 +102,16 @@ def test_a_batch_with_left_padding_equals_each_prompt_alone(settings: dict[str, 
         assert torch.equal(batch[row, width - length :], alone[0])
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+def test_generation_after_packed_documents_goes_on_in_the_last_of_them(settings: dict[str, Any]):
+    model, ids = tiny_model(), prompts(2, 8)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 0, 0, 0]])
+    out = generate(model, ids, document_ids=documents, **settings)
+    for row, first in enumerate((3, 5)):
+        assert torch.equal(out[row, first:], generate(model, ids[row : row + 1, first:], **settings)[0])
+    assert not torch.equal(out, generate(model, ids, **settings))
+
+
 def test_generation_stops_at_the_end_token_and_pads_what_follows():
     model, ids = tiny_model(), prompts(2, 5)
     free = generate(model, ids)
@@ -173,4 +183,4 @@ def test_scores_are_the_logits_of_a_full_forward_pass():
     out = generate(model, ids, return_dict_in_generate=True, output_logits=True)
     with torch.no_grad():
         whole = model(out.sequences).logits[:, 4:-1].float()
-    torch.testing.assert_close(torch.stack(out.logits, 1), whole)
+    assert_equal(torch.stack(out.logits, 1), whole)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, TINY, tiny_model, token_ids
-from tests.modules.comparison import assert_equal
+from tests.modules.comparison import assert_equal, assert_equal_gradients
 from tests.modules.paper import Routed, layer_forward, mlstm_block, model_forward, slstm_block, weights_of
+from tests.tolerances import assert_close
 
 LOSSES = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
 COEFFICIENTS: dict[str, Any] = {
@@ -111,11 +112,10 @@ def test_equation_21_the_loss_and_its_terms_and_every_gradient(expert_kind: str)
     for name in LOSSES:
         assert getattr(out, name).shape == ()
         assert_equal(getattr(out, name), expected[name])
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours = torch.autograd.grad(out.loss, parameters)
-    theirs = torch.autograd.grad(expected["loss"], parameters, allow_unused=True)
-    for name, mine, other in zip(names, ours, theirs, strict=True):
-        assert_equal(mine, torch.zeros_like(mine) if other is None else other, f"gradient of {name}")
+    parameters = dict(model.named_parameters())
+    ours = torch.autograd.grad(out.loss, list(parameters.values()))
+    theirs = torch.autograd.grad(expected["loss"], list(parameters.values()), materialize_grads=True)
+    assert_equal_gradients(dict(zip(parameters, ours, strict=True)), dict(zip(parameters, theirs, strict=True)))
 
 
 @pytest.mark.parametrize("coefficient", list(COEFFICIENTS))
@@ -277,8 +277,31 @@ def test_bfloat16_autocast_runs_and_stays_near_float32():
         out = model(ids, labels=ids)
     gradients = torch.autograd.grad(out.loss, list(model.parameters()))
     assert out.lm_loss.dtype == torch.float32
-    torch.testing.assert_close(out.lm_loss.detach(), exact, rtol=0.02, atol=0)
+    assert_close(out.lm_loss, exact, "model", "lm_loss", computed_in=torch.bfloat16)
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_a_model_in_bfloat16_runs_with_cells_and_states_in_float32():
+    model, ids = tiny_model(dtype=torch.bfloat16), token_ids(2, 24)
+    with torch.no_grad():
+        exact = tiny_model(dtype=torch.float32)(ids, labels=ids).lm_loss
+    out = model(ids, labels=ids, use_cache=True)
+    gradients = torch.autograd.grad(out.loss, list(model.parameters()))
+    assert out.lm_loss.dtype == torch.float32
+    assert_close(out.lm_loss, exact, "model", "lm_loss", computed_in=torch.bfloat16)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    for name, state in out.cache_params.states.items():
+        assert {part: x.dtype for part, x in state.items() if part != "conv"} == dict.fromkeys(
+            set(state) - {"conv"}, torch.float32
+        ), name
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_a_batch_without_rows_or_columns_is_allowed(shape: tuple[int, int]):
+    nothing = torch.zeros(shape, dtype=torch.int64)
+    out = tiny_model()(nothing, labels=nothing, output_router_logits=True)
+    assert out.logits.shape == (*shape, TINY["vocab_size"])
+    assert out.loss == 0
 
 
 def test_backends_agree():

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from tests.models.tiny import tiny_model, token_ids
+from tests.modules.comparison import assert_equal
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -77,7 +78,7 @@ def test_accumulated_steps_are_the_steps_of_the_large_batch(tmp_path: Path):
         trainer = make_trainer(model, tmp_path, max_grad_norm=0.0, optim="sgd", **settings)
         trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-9, atol=1e-12)
+    assert_equal(weights[1], weights[0])
 
 
 def test_evaluation_returns_the_loss_of_equation_21(tmp_path: Path):
@@ -94,4 +95,4 @@ def test_predictions_are_the_logits(tmp_path: Path):
     predicted = make_trainer(model, tmp_path, per_device_eval_batch_size=4).predict(Rows())
     with torch.no_grad():
         expected = model(Rows().ids).logits
-    torch.testing.assert_close(torch.from_numpy(predicted.predictions), expected, rtol=1e-5, atol=1e-5)
+    assert_equal(torch.from_numpy(predicted.predictions), expected)

@@ -67,6 +67,16 @@ def test_the_stabiliser_of_the_slstm_cell_changes_nothing():
     assert_equal(slstm_cell(gates, recurrent, torch.ones(6, dtype=torch.bool)), torch.stack(expected))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_every_segment_starts_in_the_scale_of_its_first_token(backend: str):
+    """Input gates of e^-1000 are 0 in any fixed scale, and h would be 0 / 0; only their ratios count."""
+    blocks, x, segments = make_blocks(1, backend), rows(9), Segments.from_lengths([4, 1, 4])
+    expected = blocks(x, segments, None, False)[0]
+    with torch.no_grad():
+        blocks.gate_bias[:, :, 0] -= 1000
+    assert_equal(blocks(x, segments, None, False)[0], expected)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 8])
 def test_an_slstm_block_that_stops_and_goes_on_equals_one_that_does_not_stop(cut: int):
     blocks, x = make_blocks(1), rows(9)

@@ -35,8 +35,9 @@ class Cell:
     weights: tuple[str, ...]
     low_precision: tuple[str, ...]  # what autocast hands over in bfloat16
     draw: Callable[[Segments, str, torch.Generator], Inputs]
+    through: Callable[[str], Run]  # the public op with a backend of that name
     implementations: dict[str, Run]
-    reference: Run
+    reference: Run  # in float64
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
@@ -141,10 +142,10 @@ def _draw_slstm(segments: Segments, gates: str, generator: torch.Generator) -> I
 
 def _mlstm_through(backend: str) -> Run:
     def run(inputs: Inputs, segments: Segments) -> tuple[Tensor, State]:
-        tokens = (inputs[name] for name in MLSTM.token_inputs)
         state = MLSTM.initial_state(inputs)
         assert state is None or isinstance(state, MLSTMState)
-        h, final = mlstm(*tokens, segments, initial_state=state, return_final_state=True, backend=backend)
+        q, k, v, igate, fgate = (inputs[name] for name in MLSTM.token_inputs)
+        h, final = mlstm(q, k, v, igate, fgate, segments, initial_state=state, return_final_state=True, backend=backend)
         assert final is not None
         return h, final
 
@@ -165,7 +166,8 @@ def _mlstm_by_reference(inputs: Inputs, segments: Segments) -> tuple[Tensor, Sta
     shape = (segments.num_segments, HEADS)
     c, n = torch.zeros(*shape, SIZE, SIZE, dtype=torch.float64), torch.zeros(*shape, SIZE, dtype=torch.float64)
     state = MLSTM.initial_state(inputs) or (c, n, torch.full(shape, -torch.inf, dtype=torch.float64))
-    h, *final = mlstm_reference(*(inputs[name] for name in MLSTM.token_inputs), segments.cu_seqlens, *state)
+    q, k, v, igate, fgate = (inputs[name] for name in MLSTM.token_inputs)
+    h, *final = mlstm_reference(q, k, v, igate, fgate, segments.cu_seqlens, *state)
     return h, MLSTMState(*final)
 
 
@@ -196,6 +198,7 @@ MLSTM = Cell(
     weights=(),
     low_precision=("q", "k", "v"),
     draw=_draw_mlstm,
+    through=_mlstm_through,
     implementations={
         "reference": _mlstm_through("reference"),
         "torch": _mlstm_through("torch"),
@@ -211,6 +214,7 @@ SLSTM = Cell(
     weights=("recurrent",),
     low_precision=("gates",),
     draw=_draw_slstm,
+    through=_slstm_through,
     implementations={"reference": _slstm_through("reference"), "torch": _slstm_through("torch")},
     reference=_slstm_by_reference,
 )

@@ -133,10 +133,9 @@ def test_batch_mates_never_matter_not_even_when_they_are_nan():
     found = []
     for values in (inputs, spoiled):
         leaves = leaves_of(values)
-        y = causal_conv(leaves["x"], leaves["weight"], leaves["bias"], segments, initial_state=leaves["initial_state"])[
-            0
-        ]
-        (dx,) = torch.autograd.grad(y[tokens].sum(), leaves["x"])
+        x, weight, bias, state = (leaves[name] for name in ("x", "weight", "bias", "initial_state"))
+        y, _ = causal_conv(x, weight, bias, segments, initial_state=state)
+        (dx,) = torch.autograd.grad(y[tokens].sum(), x)
         found.append((y[tokens], dx[tokens]))
     for actual, expected in zip(found[1], found[0], strict=True):
         assert actual.equal(expected)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moxe.ops.mlstm import mlstm
+from moxe.ops.mlstm import MLSTMState
 from moxe.ops.mlstm.torch_backend import mlstm_torch, mlstm_torch_backward
 from moxe.ops.segments import Segments
-from moxe.ops.slstm import slstm
+from moxe.ops.slstm import SLSTMState, slstm
 from moxe.ops.slstm.torch_backend import slstm_torch, slstm_torch_backward
 from tests.ops.cells import HEADS, MLSTM, SIZE, SLSTM, Cell, Inputs, true_memory
 from tests.tolerances import assert_close
@@ -72,13 +72,9 @@ def test_a_compiled_function_gives_the_same(cell: Cell, of_state_alone: bool):
     inputs = leaves_of(cell)
 
     def loss(inputs: Inputs) -> Tensor:
-        state = cell.state_type(*(inputs[name] for name in cell.state_inputs))
-        tensors = [2 * inputs[name] for name in (*cell.token_inputs, *cell.weights)]
-        op = mlstm if cell is MLSTM else slstm
-        h, final = op(*tensors, SEGMENTS, initial_state=state, return_final_state=True)  # type: ignore[arg-type]
-        assert final is not None
-        of_state = sum(x.square().sum() for x in true_memory(final))
-        return of_state if of_state_alone else of_state + h.square().sum()  # type: ignore[return-value]
+        h, state = cell.through("auto")({name: x if name == "m0" else 2 * x for name, x in inputs.items()}, SEGMENTS)
+        of_state = torch.stack([x.square().sum() for x in true_memory(state)]).sum()
+        return of_state if of_state_alone else of_state + h.square().sum()
 
     wanted = {name: x for name, x in inputs.items() if x.requires_grad}
     torch._dynamo.reset()
@@ -108,9 +104,9 @@ def test_the_mlstm_gradients_are_those_of_finite_differences():
     m0 = torch.tensor([[0.5], [-0.5]], dtype=torch.float64)
 
     def h_and_memory(*leaves: Tensor) -> list[Tensor]:
-        cu_seqlens = torch.tensor([0, 4, 5])
-        h, *state = mlstm_torch(*leaves[:5], cu_seqlens, *leaves[5:], m0, 2, True)
-        return [h, *true_memory(MLSTM.state_type(*state))]
+        q, k, v, igate, fgate, c0, n0 = leaves
+        h, *state = mlstm_torch(q, k, v, igate, fgate, torch.tensor([0, 4, 5]), c0, n0, m0, 2, True)
+        return [h, *true_memory(MLSTMState(*state))]
 
     assert torch.autograd.gradcheck(h_and_memory, leaves)
 
@@ -123,8 +119,8 @@ def test_the_slstm_gradients_are_those_of_finite_differences():
     segments = Segments.from_lengths([3, 1, 1], (0, 1, 3))
 
     def h_and_memory(gates: Tensor, recurrent: Tensor, c0: Tensor, log_n0: Tensor, h0: Tensor) -> list[Tensor]:
-        state = SLSTM.state_type(c0, log_n0.exp(), m0, h0)
-        h, final = slstm(gates, recurrent, segments, initial_state=state, return_final_state=True, backend="torch")  # type: ignore[arg-type]
+        state = SLSTMState(c0, log_n0.exp(), m0, h0)
+        h, final = slstm(gates, recurrent, segments, initial_state=state, return_final_state=True, backend="torch")
         assert final is not None
         return [h, *true_memory(final)]
 

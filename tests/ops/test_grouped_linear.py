@@ -50,8 +50,8 @@ def draw(product: Product, row_offsets: tuple[int, ...], dtype: torch.dtype) -> 
 
 def check_against_loop(product: Product, row_offsets: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = draw(product, row_offsets, dtype)
-    of_loop = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
-    y, expected = product.op(x, weight, row_offsets), product.loop(*of_loop, row_offsets)
+    of_loop = (x.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
+    y, expected = product.op(x, weight, row_offsets), product.loop(of_loop[0], of_loop[1], row_offsets)
     dy = torch.randint(-9, 10, y.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(y, [x, weight], dy.to(dtype))
     loss = (expected * dy).sum() + 0 * sum(leaf.sum() for leaf in of_loop)  # a group without rows: zero, not None

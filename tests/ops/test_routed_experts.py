@@ -2,7 +2,7 @@
 
 Legend: N packed tokens, D hidden size, E experts, K experts a token, H heads, Dh = D / H.
 
-The expert here is a convolution whose output is projected to what a cell takes, and the cell: everything that remembers.
+The expert here is all that remembers: a convolution, its output projected to what a cell takes, and the cell.
 """
 
 from __future__ import annotations

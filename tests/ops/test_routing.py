@@ -6,6 +6,7 @@ Legend: N packed tokens, D hidden size, E experts, K experts a token, G sequence
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,14 +58,10 @@ def test_each_pair_of_expert_and_sequence_with_tokens_is_one_segment(routed: tup
         for expert in experts:
             tokens_of_pair.setdefault((expert, int(sequences.segment_of_token[token])), []).append(token)
     pairs = sorted(tokens_of_pair)
-    assert (
-        list(zip(assignments.expert_of_segment.tolist(), assignments.sequence_of_segment.tolist(), strict=True))
-        == pairs
-    )
-    bounds = assignments.cu_rows.tolist()
-    assert [assignments.token_of_row[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)] == [
-        tokens_of_pair[pair] for pair in pairs
-    ]
+    assert assignments.expert_of_segment.tolist() == [expert for expert, _ in pairs]
+    assert assignments.sequence_of_segment.tolist() == [sequence for _, sequence in pairs]
+    segments = [slice(*bounds) for bounds in pairwise(assignments.cu_rows.tolist())]
+    assert [assignments.token_of_row[rows].tolist() for rows in segments] == [tokens_of_pair[pair] for pair in pairs]
 
 
 @given(routed=routed_tokens())
@@ -83,7 +80,7 @@ def test_ranges_of_experts_share_the_rows_out(routed: tuple[Tensor, Segments], b
     assignments = assign(indices, sequences)
     cuts = [0, *sorted(bounds), EXPERTS]
     next_row = 0
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         own = assignments.of_experts(first, last)
         assert own.rows.start == next_row
         next_row = own.rows.stop
@@ -120,13 +117,12 @@ def check_against_double_loop(indices: Tensor, sequences: Segments, dtype: torch
     weights = torch.rand(indices.shape, generator=generator, dtype=torch.float64).to(dtype)
     actual = outputs_and_gradients(lambda x, w: one_value_per_expert(x, indices, w, sequences), x, weights)
     bounds = sequences.cu_seqlens.tolist()
-    expected = outputs_and_gradients(
-        lambda x, w: (
-            experts_by_double_loop(x, indices, w, bounds, EXPERTS, lambda e, tokens: (e + 1) * tokens) + 0 * x * w.sum()
-        ),
-        x.double(),
-        weights.double(),
-    )
+
+    def by_double_loop(x: Tensor, weights: Tensor) -> Tensor:
+        y = experts_by_double_loop(x, indices, weights, bounds, EXPERTS, lambda e, tokens: (e + 1) * tokens)
+        return y + 0 * x * weights.sum()  # no tokens: a gradient of zero, not of None
+
+    expected = outputs_and_gradients(by_double_loop, x.double(), weights.double())
     for name, a, e in zip(("y", "gradient of x", "gradient of weights"), actual, expected, strict=True):
         assert_close(a, e, "routing", name)
 

@@ -35,8 +35,11 @@ _LEAST_FILLED = 0.75
 
 
 def chunk_length(head_size: int) -> int:
-    """Most tokens a chunk may hold: work is about L * Dh a token inside a chunk and Dh^2 a token between chunks."""
-    return max(32, 1 << round(math.log2(max(head_size, 1)) - 0.5))
+    """Most tokens a chunk may hold: the power of two below the head size, 32 at least.
+
+    Work is about L * Dh a token inside a chunk and Dh^2 a token between chunks; measured in `docs/log.md`.
+    """
+    return max(32, 1 << max(head_size - 1, 1).bit_length() - 1)
 
 
 @dataclass(frozen=True)

@@ -35,23 +35,23 @@ STATE_SHAPES = {"c": (2, 2, 4, 4), "n": (2, 2, 4), "m": (2, 2)}
 )
 def test_shapes_that_do_not_agree_are_refused_with_the_sizes(changed: dict[str, tuple[int, ...]], named: str):
     shapes = SHAPES | STATE_SHAPES | changed
-    tokens = [torch.zeros(shapes[name]) for name in SHAPES]
+    q, k, v, igate, fgate = (torch.zeros(shapes[name]) for name in SHAPES)
     state = MLSTMState(*(torch.zeros(shapes[name]) for name in STATE_SHAPES))
     with pytest.raises(ValueError, match=re.escape(named)):
-        mlstm(*tokens, SEGMENTS, initial_state=state)
+        mlstm(q, k, v, igate, fgate, SEGMENTS, initial_state=state)
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    tokens = [torch.zeros(shape) for shape in SHAPES.values()]
+    q, k, v, igate, fgate = (torch.zeros(shape) for shape in SHAPES.values())
     with pytest.raises(ValueError, match="backend='cuda' is not one of: auto, reference, torch"):
-        mlstm(*tokens, SEGMENTS, backend="cuda")
+        mlstm(q, k, v, igate, fgate, SEGMENTS, backend="cuda")
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_final_state_is_given_on_request_alone(backend: str):
-    tokens = [torch.randn(shape) for shape in SHAPES.values()]
-    h, state = mlstm(*tokens, SEGMENTS, backend=backend)
-    h_again, final = mlstm(*tokens, SEGMENTS, return_final_state=True, backend=backend)
+    q, k, v, igate, fgate = (torch.randn(shape) for shape in SHAPES.values())
+    h, state = mlstm(q, k, v, igate, fgate, SEGMENTS, backend=backend)
+    h_again, final = mlstm(q, k, v, igate, fgate, SEGMENTS, return_final_state=True, backend=backend)
     assert state is None
     assert final is not None
     assert h.equal(h_again)
@@ -60,12 +60,14 @@ def test_the_final_state_is_given_on_request_alone(backend: str):
 def allocations(tokens: int, heads: int = 1, size: int = 4) -> tuple[int, int]:
     """The largest and the sum of all allocations, in bytes, of a forward and backward pass over one segment."""
     shapes = [(tokens, heads, size)] * 3 + [(tokens, heads)] * 2
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    q, k, v, igate, fgate = (torch.randn(shape, requires_grad=True) for shape in shapes)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        h, _ = mlstm(*inputs, Segments.from_lengths([tokens]), backend="torch")
+        h, _ = mlstm(q, k, v, igate, fgate, Segments.from_lengths([tokens]), backend="torch")
         h.backward(torch.ones_like(h))
-    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+    events = profile.events()
+    assert events
+    allocated = [event.self_cpu_memory_usage for event in events if event.self_cpu_memory_usage > 0]
     return max(allocated), sum(allocated)
 
 

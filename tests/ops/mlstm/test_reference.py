@@ -18,21 +18,18 @@ T, H, DH = 9, 2, 3
 CU_SEQLENS = torch.tensor([0, T])
 
 
-def draw(seed: int = 0, tokens: int = T, heads: int = H, size: int = DH) -> list[Tensor]:
+def draw(tokens: int = T, heads: int = H, size: int = DH) -> list[Tensor]:
     """q, k, v [T, H, Dh], igate, fgate [T, H], want gradients."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, heads, size)] * 3 + [(tokens, heads)] * 2
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-def empty(segments: int = 1, heads: int = H, size: int = DH) -> list[Tensor]:
-    c, n = torch.zeros(segments, heads, size, size), torch.zeros(segments, heads, size)
-    return [c.double(), n.double(), torch.full((segments, heads), -torch.inf, dtype=torch.float64)]
-
-
 def run(inputs: list[Tensor]) -> list[Tensor]:
     """h and the true memories C e^m, n e^m of one segment from an empty memory."""
-    h, *state = mlstm_reference(*inputs, CU_SEQLENS, *empty())
+    q, k, v, igate, fgate = inputs
+    c0, n0 = q.new_zeros(1, H, DH, DH), q.new_zeros(1, H, DH)
+    h, *state = mlstm_reference(q, k, v, igate, fgate, CU_SEQLENS, c0, n0, igate.new_full((1, H), -torch.inf))
     return [h, *(x[0] for x in true_memory(MLSTMState(*state)))]
 
 
@@ -59,9 +56,10 @@ def test_the_recurrence_equals_the_one_without_a_stabiliser():
     normaliser = torch.randn(H, DH, generator=generator, dtype=torch.float64, requires_grad=True)
     m0 = torch.tensor([[1.5, -2.0]], dtype=torch.float64)
     scale = torch.exp(m0[0])
-    expected = mlstm_unstabilised(*inputs, memory, normaliser)
-    initial = [(memory / scale[:, None, None])[None], (normaliser / scale[:, None])[None], m0]
-    h, *state = mlstm_reference(*inputs, CU_SEQLENS, *initial)
+    q, k, v, igate, fgate = inputs
+    expected = mlstm_unstabilised(q, k, v, igate, fgate, memory, normaliser)
+    c0, n0 = (memory / scale[:, None, None])[None], (normaliser / scale[:, None])[None]
+    h, *state = mlstm_reference(q, k, v, igate, fgate, CU_SEQLENS, c0, n0, m0)
     actual = [h, *(x[0] for x in true_memory(MLSTMState(*state)))]
     for name, a, e in zip(("h", "C", "n"), actual, expected, strict=True):
         assert_close(a, e, "mlstm", name)
@@ -87,7 +85,8 @@ def test_gradients_are_those_of_finite_differences():
     m0 = torch.tensor([[0.5], [-0.5]], dtype=torch.float64)
 
     def h_and_memory(*leaves: Tensor) -> list[Tensor]:
-        h, *state = mlstm_reference(*leaves[:5], torch.tensor([0, 3, 4]), *leaves[5:], m0)
+        q, k, v, igate, fgate, c0, n0 = leaves
+        h, *state = mlstm_reference(q, k, v, igate, fgate, torch.tensor([0, 3, 4]), c0, n0, m0)
         return [h, *true_memory(MLSTMState(*state))]
 
     assert torch.autograd.gradcheck(h_and_memory, [*inputs, c0, n0])

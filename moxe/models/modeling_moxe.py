@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -26,6 +25,7 @@ from moxe.modules.mlstm import MLSTMBlocks
 from moxe.modules.router import Router, RouterOutput
 from moxe.modules.slstm import SLSTMBlocks
 from moxe.modules.stacks import small_init_std
+from moxe.ops.cross_entropy import IGNORED, linear_cross_entropy
 from moxe.ops.routing import ExpertRows
 from moxe.ops.segments import Segments
 
@@ -46,8 +46,9 @@ class MoxECausalLMOutput(ModelOutput):
     """Output of the language model.
 
     `loss` is equation 21. The other losses are its terms before their coefficients: `lm_loss` a mean over targets, the
-    router losses means over real tokens and layers. `routing` (only if asked for) holds one `RouterOutput` a layer
-    over [B, S]; columns that are masked out hold 0, and -1 as expert index.
+    router losses means over real tokens and layers. `logits` are left out when training with labels. `routing` (only
+    if asked for) holds one `RouterOutput` a layer over [B, S]; columns that are masked out hold 0, and -1 as expert
+    index.
     """
 
     loss: Tensor | None = None
@@ -387,7 +388,8 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
             cache_params: state to continue from; it is updated in place and returned.
             use_cache: whether to return the state; by default when not training and without labels.
             output_router_logits: whether to return `routing`.
-            logits_to_keep: 0 for the logits of all columns, n for the last n only.
+            logits_to_keep: n for the logits of the last n columns only; 0 for all, or for none when training with
+                labels: the loss does not need them, and with a large vocabulary they are most of the memory.
             num_items_in_batch: targets of the whole (accumulated) batch. The language-model loss is then their sum over
                 this number, and router losses are weighted by this call's share of the targets.
 
@@ -403,31 +405,29 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
             )
         hidden, cache, routing = self.model.run(tokens, input_ids, document_ids, cache_params, use_cache)
         losses: dict[str, Tensor] = {}
-        if logits_to_keep and labels is None:
+        if labels is not None:
+            targets = _next_labels(tokens.pack(labels), tokens.sequences)
+            losses = self._losses(hidden, targets, routing, num_items_in_batch)
+        logits = None
+        if logits_to_keep:
             logits = self.lm_head(tokens.unpack(hidden)[:, -logits_to_keep:])
-        else:
-            packed_logits = self.lm_head(hidden)
-            logits = tokens.unpack(packed_logits)
-            if labels is not None:
-                targets = _next_labels(tokens.pack(labels), tokens.sequences)
-                losses = self._losses(packed_logits, targets, routing, num_items_in_batch)
+        elif labels is None or not self.training:
+            logits = tokens.unpack(self.lm_head(hidden))
         unpacked = tuple(_unpack_routing(tokens, decided) for decided in routing) if output_router_logits else None
         return MoxECausalLMOutput(logits=logits, cache_params=cache, routing=unpacked, **losses)
 
     def _losses(
         self,
-        logits: Tensor,
+        hidden: Tensor,
         targets: Tensor,
         routing: tuple[RouterOutput, ...],
         num_items_in_batch: Tensor | int | None,
     ) -> dict[str, Tensor]:
         """Equation 21 and its terms, by their names in the output. Without any target the language-model loss is 0."""
         config = self.config
-        num_targets = int((targets != -100).sum())
+        num_targets = int((targets != IGNORED).sum())
         total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
-        cross_entropy = F.cross_entropy(
-            logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum"
-        )
+        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, targets)
         lm_loss = cross_entropy / max(total, 1)
         losses = [router_losses(decided, config.group_loss_kind) for decided in routing]
         means = RouterLosses(
@@ -493,10 +493,10 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
 
 def _next_labels(labels: Tensor, sequences: Segments) -> Tensor:
     """[N] the label of the next token of the same sequence, -100 for a sequence's last token."""
-    targets = torch.full_like(labels, -100)
+    targets = torch.full_like(labels, IGNORED)
     targets[:-1] = labels[1:]
     last = sequences.cu_seqlens[1:] - 1
-    targets[last.to(labels.device)] = -100
+    targets[last.to(labels.device)] = IGNORED
     return targets
 
 

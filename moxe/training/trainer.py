@@ -194,7 +194,7 @@ class MoxETrainer(Trainer):
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**inputs, output_router_logits=True)
+                outputs = model(**inputs, output_router_logits=True, logits_to_keep=1)
             count = count_targets(inputs)
             losses.add(outputs, loss_weight=count, router_weight=count)
             self.validation_routing.add(outputs.routing, inputs.get("attention_mask"))

@@ -1,0 +1,64 @@
+"""The chunked head and loss against torch's own, which holds all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moxe.ops import cross_entropy
+from moxe.ops.cross_entropy import linear_cross_entropy
+
+
+def problem(rows: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(rows, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 11, (rows,))
+    targets[::4] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 23])
+@pytest.mark.parametrize("entries", [1, 11, 40, 1 << 22])
+def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(
+    rows: int, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_ENTRIES_AT_ONCE", entries)
+    hidden, weight, targets = problem(rows)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(3 * loss, (hidden, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad(3 * expected, (hidden, weight)))
+
+
+def test_rows_without_any_target_give_a_loss_and_gradients_of_exactly_zero() -> None:
+    hidden, weight, targets = problem(9)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_logits_far_outside_the_range_of_exp_stay_finite() -> None:
+    hidden, weight, targets = problem(7, torch.float32)
+    loss = linear_cross_entropy(hidden * 1e4, weight, targets)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_under_autocast_only_the_products_are_bfloat16() -> None:
+    hidden, weight, targets = problem(40, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), rtol=2e-2, atol=0)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, targets = problem(9)
+    linear_cross_entropy(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None

@@ -222,7 +222,12 @@ class MoxEPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=small_init_std(self.config.hidden_size))
         elif callable(reset := getattr(module, "reset_parameters", None)):
+            # What a checkpoint holds stays, also where it lacks another parameter of the same module.
+            own = module.parameters(recurse=False)
+            loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
             reset()
+            for parameter, value in loaded:
+                parameter.copy_(value)
 
 
 class MoxEModel(MoxEPreTrainedModel):

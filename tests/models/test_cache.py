@@ -165,12 +165,14 @@ def test_memory_is_flat_from_100_to_10000_generated_tokens():
 
 
 def test_a_document_that_goes_on_in_the_next_call_keeps_its_state_and_a_new_one_begins_empty():
-    model, ids = tiny_model(), token_ids(3, 12)
+    model, ids = tiny_model(), token_ids(5, 12)
     documents = torch.tensor(
         [
             [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2],  # document 1 goes on over the cut
             [4, 4, 4, 4, 4, 4, 7, 7, 7, 7, 7, 7],  # the cut is a boundary
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],  # one document
+            [0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 1, 1],  # the number 1 comes again, for another document
+            [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 1, 1],
         ]
     )
     whole = model(ids, document_ids=documents).logits

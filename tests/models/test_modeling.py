@@ -149,6 +149,37 @@ def test_the_standard_router_has_no_difficulty_term():
     assert_equal(out.loss, expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({}, {"gamma": 0.3}),
+        ({}, {"bias_kind": "masked", "difficulty_threshold": 0.6}),
+        ({"bias_kind": "proportional"}, {"bias_kind": "masked"}),
+        ({"bias_kind": "proportional"}, {"difficulty_threshold": 0.4}),
+        ({}, {"group_loss_kind": "squared_difference"}),
+        ({"group_loss_kind": "squared_distance"}, {"group_loss_kind": "jensen_shannon"}),
+        ({}, {"num_experts_per_tok": 3}),
+        ({}, {"expert_memory": "token"}),
+        ({}, {"norm_eps": 0.1}),
+    ],
+    ids=str,
+)
+def test_a_setting_reaches_the_model(settings: dict[str, Any], changed: dict[str, Any]):
+    """The same weights under another setting give another loss."""
+    ids = token_ids(2, 12)
+    one, other = tiny_model(**settings), tiny_model(**{**settings, **changed})
+    other.load_state_dict(one.state_dict())
+    losses = [model(ids, labels=ids).loss.detach() for model in (one, other)]
+    assert not torch.allclose(*losses, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+def test_every_block_has_the_epsilon_and_the_backend_of_the_configuration(expert_kind: str):
+    modules = list(tiny_model(expert_kind=expert_kind, norm_eps=0.25, backend="reference").modules())
+    assert {module.eps for module in modules if hasattr(module, "eps")} == {0.25}
+    assert {module.backend for module in modules if hasattr(module, "backend")} == {"reference"}
+
+
 def test_without_labels_there_is_no_loss_and_without_asking_no_routing():
     out = tiny_model()(token_ids(2, 5))
     assert [getattr(out, name) for name in LOSSES] == [None] * len(LOSSES)
@@ -244,6 +275,27 @@ def test_logits_to_keep_returns_the_last_columns_only():
     whole = model(ids).logits
     assert_equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
     assert_equal(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+
+
+def test_training_with_labels_computes_the_same_loss_and_leaves_the_logits_out():
+    model, ids = tiny_model(**COEFFICIENTS), token_ids(2, 7)
+    parameters = dict(model.named_parameters())
+    evaluated = model(ids, labels=ids)
+    trained = model.train()(ids, labels=ids)
+    assert trained.logits is None
+    for name in LOSSES:
+        assert_equal(getattr(trained, name), getattr(evaluated, name))
+    ours, theirs = (torch.autograd.grad(out.loss, list(parameters.values())) for out in (trained, evaluated))
+    assert_equal_gradients(dict(zip(parameters, ours, strict=True)), dict(zip(parameters, theirs, strict=True)))
+
+
+def test_while_training_logits_are_there_without_labels_and_on_request():
+    model, ids = tiny_model(), token_ids(2, 7)
+    whole = model(ids).logits
+    model.train()
+    assert_equal(model(ids).logits, whole)
+    assert_equal(model(ids, labels=ids, logits_to_keep=2).logits, whole[:, -2:])
+    assert_equal(model.eval()(ids, labels=ids).logits, whole)
 
 
 def test_the_model_without_a_head_returns_the_hidden_states_that_the_head_reads():

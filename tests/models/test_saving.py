@@ -134,6 +134,21 @@ def test_large_models_are_saved_in_shards_and_loaded_again(tmp_path: Path):
     assert torch.equal(aligned(MoxEForCausalLM.from_pretrained(tmp_path))(ids).logits, model(ids).logits)
 
 
+def test_a_checkpoint_that_lacks_a_parameter_keeps_all_others(tmp_path: Path):
+    """transformers draws the missing ones anew; their neighbours in a module must stay as they were saved."""
+    saved = tiny_model(dtype=torch.float32).state_dict()
+    missing = {name for name in saved if name.endswith(("skip", "recurrent_weight", "difficulty_bias"))}
+    kept = {name: x for name, x in saved.items() if name not in missing}
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path, state_dict=kept)
+    loaded, found = MoxEForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(found["missing_keys"]) == missing
+    for name, parameter in loaded.named_parameters():
+        if name in missing:
+            assert parameter.isfinite().all(), name
+        else:
+            assert torch.equal(parameter, saved[name]), name
+
+
 def test_tied_embeddings_are_one_parameter_before_and_after_saving(tmp_path: Path):
     model, ids = tiny_model(dtype=torch.float32, tie_word_embeddings=True), token_ids(2, 7)
     assert model.lm_head.weight is model.model.embed_tokens.weight

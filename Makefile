@@ -10,7 +10,7 @@ help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
 train: .venv/.installed ## train the default recipe on the built-in corpus; the result lies in runs/default
-	.venv/bin/moxe train default
+	.venv/bin/moxe train default $(ARGS)
 
 test: .venv/.installed ## run the tests
 	.venv/bin/pytest

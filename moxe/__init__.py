@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["MoxEConfig", "MoxEForCausalLM", "MoxEModel", "__version__"]
 
 
-def load() -> None:
+def register() -> None:
     """Import the model, give this package its public names, and register them with transformers' Auto classes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -32,5 +32,5 @@ def load() -> None:
 
 # Loading takes seconds. The program `moxe` does it itself, once it knows that a command needs the model and not, say, a
 # help text; for everyone else it is what `import moxe` means.
-if PurePath(sys.argv[0]).stem != "moxe":
-    load()
+if not sys.argv or PurePath(sys.argv[0]).stem != "moxe":
+    register()

@@ -52,7 +52,7 @@ def _run(argv: Sequence[str]) -> int:
     except SystemExit as done:  # argparse has printed a help text or the version
         return int(done.code or 0)
     os.environ.setdefault("GOMP_SPINCOUNT", THREAD_SPINS)  # read once, when torch is loaded
-    moxe.load()
+    moxe.register()
     args.run(args)
     return 0
 
@@ -119,7 +119,9 @@ def info(args: argparse.Namespace) -> None:
     path = Path(args.model)
     if path.is_dir():
         if args.overrides:
-            raise UserError(f"{args.model!r} is a checkpoint, whose {args.overrides[0][0]} is what it is")
+            raise UserError(
+                f"the settings of the checkpoint {args.model!r} cannot be overridden: {args.overrides[0][0]}"
+            )
         config = load_config(path)
     elif len(path.parts) > 1 and not path.exists():
         raise UserError(f"there is neither a checkpoint folder nor a recipe {args.model!r}")

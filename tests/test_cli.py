@@ -477,7 +477,7 @@ def test_info_takes_overrides_of_a_recipe_but_not_of_a_checkpoint(capsys, traine
     small = json.loads(output(capsys, "info", "default", "--json", "--model.num_hidden_layers", "1"))
     large = json.loads(output(capsys, "info", "default", "--json", "--model.num_hidden_layers=2"))
     assert small["total_parameters"] < large["total_parameters"]
-    assert "is a checkpoint" in refusal(capsys, "info", trained, "--model.gamma", "1")
+    assert "cannot be overridden" in refusal(capsys, "info", trained, "--model.gamma", "1")
 
 
 def test_info_of_what_is_neither_checkpoint_nor_recipe_is_refused(capsys):

@@ -23,10 +23,10 @@ class DataConfig:
             name "owner/name" of a data set on the Hugging Face hub, which is streamed.
         subset: configuration name of a hub data set.
         split: split of a hub data set that is trained on.
-        validation_source: as `source`, read whole for validation; none: a part of `source` is held out.
+        validation_source: as `source`, read for validation only; none: a part of `source` is held out.
         validation_split: split of the hub data set to validate on; none: the first documents of `split` are held out.
-        validation_documents: how many documents are held out; none: `validation_fraction` of them, or 1,000 with a hub
-            data set.
+        validation_documents: most documents to validate on; none: `validation_fraction` of a local source, all of a
+            local `validation_source`, 1,000 of a hub data set.
         validation_fraction: part of the documents of a local source (or the built-in one) that is held out.
         text_field: the field (.jsonl) or column (.parquet, hub) that holds the text.
         document_separator: the line that ends a document in a .txt file; "" makes every blank line one.

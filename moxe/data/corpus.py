@@ -164,7 +164,8 @@ def _key(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
         "version": CACHE_VERSION,
         "source": _content(config.source, config.subset),
         "split": config.split,
-        "validation_source": config.validation_source and _content(config.validation_source, None),
+        "validation_source": config.validation_source
+        and _content(config.validation_source, config.subset if config.validation_source == config.source else None),
         "validation": [config.validation_split, config.validation_documents, config.validation_fraction],
         "reading": [config.text_field, config.document_separator, config.max_tokens],
         "tokenizer": ["train", config.vocab_size] if tokenizer is None else tokenizer_fingerprint(tokenizer),

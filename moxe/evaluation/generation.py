@@ -51,7 +51,7 @@ def generate_text(
     if temperature is None:
         temperature = 1.0 if num_beams == 1 else 0.0
     _check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
-    tokens = tokenizer.encode(prompt) if prompt else []
+    tokens = tokenizer.encode(prompt, add_special_tokens=False)
     if not tokens:
         raise UserError("the prompt is empty: give at least one character to go on from")
     input_ids = torch.tensor([tokens])

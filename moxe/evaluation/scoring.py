@@ -48,8 +48,8 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of `text` alone, with no special tokens around it."""
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    """Token ids of `text` alone: no special tokens around it, and what looks like one inside it is text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
 
 def check_vocabulary(model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:

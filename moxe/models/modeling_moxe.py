@@ -277,10 +277,7 @@ class MoxEModel(MoxEPreTrainedModel):
                     f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(other.shape)}"
                 )
         tokens = pack_tokens(input_ids, attention_mask, document_ids)
-        ids, size = tokens.pack(input_ids), self.config.vocab_size
-        outside = ids[(ids < 0) | (ids >= size)]
-        if len(outside):
-            raise ValueError(f"token id {int(outside[0])} is outside the vocabulary: ids run from 0 to {size - 1}")
+        _check_vocabulary("token id", tokens.pack(input_ids), self.config.vocab_size)
         return tokens
 
     def run(
@@ -399,7 +396,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
                 this number, and router losses are weighted by this call's share of the targets.
 
         Raises:
-            ValueError: for token ids outside the vocabulary or shapes that do not agree.
+            ValueError: for token ids or labels outside the vocabulary or shapes that do not agree.
         """
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training and labels is None
@@ -412,6 +409,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         losses: dict[str, Tensor] = {}
         if labels is not None:
             targets = _next_labels(tokens.pack(labels), tokens.sequences)
+            _check_vocabulary("label", targets[targets != IGNORED], self.config.vocab_size)
             losses = self._losses(hidden, targets, routing, num_items_in_batch)
         logits = None
         if logits_to_keep:
@@ -494,6 +492,12 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """There are no keys and values to cache: `forward` makes the state itself."""
         return False
+
+
+def _check_vocabulary(what: str, ids: Tensor, size: int) -> None:
+    outside = ids[(ids < 0) | (ids >= size)]
+    if len(outside):
+        raise ValueError(f"{what} {int(outside[0])} is outside the vocabulary: ids run from 0 to {size - 1}")
 
 
 def _next_labels(labels: Tensor, sequences: Segments) -> Tensor:

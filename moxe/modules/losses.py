@@ -59,13 +59,13 @@ def group_loss(probabilities: Tensor, kind: str) -> Tensor:
     """
     half = probabilities.shape[-1] // 2
     mass = torch.stack([probabilities[..., :half].sum(-1).mean(), probabilities[..., half:].sum(-1).mean()])
+    uniform = torch.full_like(mass, 0.5)
     if kind == "kl":
-        return _kl(mass, torch.full_like(mass, 0.5))
+        return _kl(mass, uniform)
     if kind == "squared_difference":
         return (mass[0] - mass[1]).square()
     if kind == "squared_distance":
         return (mass - 0.5).square().sum()
-    uniform = torch.full_like(mass, 0.5)
     middle = (mass + uniform) / 2
     return (_kl(mass, middle) + _kl(uniform, middle)) / 2
 

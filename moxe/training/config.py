@@ -91,6 +91,7 @@ class TrainingConfig:
             self._require(key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "at least 1, or -1 to go by num_epochs")
         self._require("num_threads", self.num_threads is None or self.num_threads >= 1, "at least 1, or null")
+        self._require("seed", self.seed < 2**32, "below 2**32")
         self._require("name", self.name is None or _is_folder_name(self.name), "a folder name without a slash")
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise UserError(

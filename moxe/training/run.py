@@ -54,7 +54,7 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     training = recipe.training
     _require_reporters(training)
     folder = RunFolder(recipe)
-    checkpoint = folder.open(recipe)
+    checkpoint = folder.check(recipe)
     with process_settings(training):
         arguments = training_arguments(recipe)
         is_main = arguments.process_index == 0
@@ -70,6 +70,7 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
         set_seed(training.seed)
         model = MoxEForCausalLM(config)
         if is_main:
+            folder.make()
             recipe.save(folder.recipe_path)
             folder.write_versions(str(arguments.device))
             _print_start(model, corpus, folder, console)
@@ -213,7 +214,7 @@ def _evaluate(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig, 
 def _sample(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig) -> dict[str, str] | None:
     if not training.sample_tokens:
         return None
-    prompt = training.sample_prompt or " ".join(corpus.validation_texts[0].split()[:8])
+    prompt = training.sample_prompt or " ".join(corpus.validation_texts[0][:80].split()[:8])
     text = generate_text(
         model,
         corpus.tokenizer,

@@ -23,6 +23,8 @@ from moxe.recipe import Recipe, load_recipe
 
 # Settings of the data section that change neither the tokens nor their order.
 _WITHOUT_EFFECT = {"cache_dir"}
+# Settings of the training section that decide which rows a step sees.
+_DECIDE_WHAT_IS_SEEN = {"seed", "batch_size", "gradient_accumulation_steps"}
 
 
 class RunFolder:
@@ -35,15 +37,15 @@ class RunFolder:
         self.evaluation_path = self.path / "evaluation.json"
         self.plots_path = self.path / "plots"
 
-    def open(self, recipe: Recipe) -> Path | None:
-        """Make the folder ready for a run of `recipe`.
+    def check(self, recipe: Recipe) -> Path | None:
+        """Find out whether the folder can take a run of `recipe`; writes nothing.
 
         Returns:
             The checkpoint to go on from, or None to start from step 0.
 
         Raises:
-            UserError: if the folder holds a run and `training.resume` is not set; if it is to be resumed with another
-                model or other data; or if it cannot be written.
+            UserError: if the folder holds a run and `training.resume` is not set; or if it is to be resumed with
+                another model, other data, or another order or grouping of the data.
         """
         checkpoint = self.last_checkpoint()
         if recipe.training.resume:
@@ -56,11 +58,18 @@ class RunFolder:
                 f"{self.path} holds a run that stopped after {checkpoint.name}: go on with --training.resume true, or "
                 "choose another --training.name"
             )
+        return checkpoint
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: if it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
-        return checkpoint
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step that is complete: its trainer_state.json is what is written last."""
@@ -69,8 +78,10 @@ class RunFolder:
 
     def _refuse_other_run(self, recipe: Recipe) -> None:
         before, now = load_recipe(self.recipe_path).to_dict(), recipe.to_dict()
-        for section in ("model", "data"):
-            for key in sorted(before[section].keys() & now[section].keys() - _WITHOUT_EFFECT):
+        compared = {section: before[section].keys() & now[section].keys() for section in ("model", "data")}
+        compared["training"] = _DECIDE_WHAT_IS_SEEN
+        for section, keys in compared.items():
+            for key in sorted(keys - _WITHOUT_EFFECT):
                 if before[section][key] != now[section][key]:
                     raise UserError(
                         f"{self.path} cannot be resumed with {section}.{key}={now[section][key]!r}: the run was "

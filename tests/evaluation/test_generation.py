@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from moxe.errors import UserError
 from moxe.evaluation.generation import generate_text
@@ -143,3 +144,12 @@ def test_a_prompt_with_a_token_outside_the_vocabulary_is_refused(moxe, tokenizer
     larger.add_tokens(["<new>"])
     with pytest.raises(UserError, match="the model's vocabulary has"):
         generate_text(moxe, larger, "the <new>")
+
+
+def test_a_prompt_gets_no_special_tokens_around_it(moxe, tokenizer):
+    wrapped = copy.deepcopy(tokenizer)
+    ends = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    wrapped.backend_tokenizer.post_processor = ends
+    assert wrapped.encode("the sea")[-1] == 0
+    options = {"max_new_tokens": 5, "temperature": 0.0}
+    assert generate_text(moxe, wrapped, "the sea", **options) == generate_text(moxe, tokenizer, "the sea", **options)

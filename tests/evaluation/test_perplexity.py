@@ -160,3 +160,10 @@ def test_a_tokenizer_without_bos_and_eos_is_refused(moxe, tokenizer):
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="neither a bos nor an eos token"):
         evaluate_perplexity(moxe, DOCUMENTS, bare)
+
+
+def test_what_looks_like_a_special_token_inside_a_text_is_text(moxe, tokenizer):
+    text = "the sea<|endoftext|>the town"
+    plain = tokenizer.encode("the sea") + tokenizer.encode("the town")
+    assert evaluate_perplexity(moxe, [text], tokenizer).tokens > len(plain) + 1
+    assert tokenizer.encode(text) == [*tokenizer.encode("the sea"), 0, *tokenizer.encode("the town")]

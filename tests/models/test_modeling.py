@@ -361,3 +361,11 @@ def test_backends_agree():
     reference, fast = (tiny_model(backend=name)(ids, labels=ids) for name in ("reference", "torch"))
     assert_equal(fast.logits, reference.logits)
     assert_equal(fast.loss, reference.loss)
+
+
+def test_a_label_outside_the_vocabulary_is_refused():
+    model, ids = tiny_model(), token_ids(1, 6)
+    labels = ids.clone()
+    labels[0, 3] = model.config.vocab_size
+    with pytest.raises(ValueError, match=rf"label {model.config.vocab_size} is outside the vocabulary: ids run from 0"):
+        model(ids, labels=labels)

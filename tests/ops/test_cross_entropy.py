@@ -62,3 +62,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight, targets = problem(9)
     linear_cross_entropy(hidden, weight.detach(), targets).backward()
     assert hidden.grad is not None
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = problem(9)
+    expected = linear_cross_entropy(hidden, weight, targets)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a buffer for a gradient was made")
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets) == expected

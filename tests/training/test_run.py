@@ -232,6 +232,9 @@ def test_a_run_is_not_resumed_with_another_model_or_other_data(copied: Path, mak
     recipe.data.sequence_length = 16
     with pytest.raises(UserError, match=r"cannot be resumed with data\.sequence_length=16"):
         train(recipe, quiet())
+    for key in ("seed", "batch_size", "gradient_accumulation_steps"):
+        with pytest.raises(UserError, match=rf"cannot be resumed with training\.{key}=7"):
+            train(make_recipe(resume=True, **{key: 7}), quiet())
 
 
 def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_not_resumed_from(copied: Path, make_recipe):
@@ -290,3 +293,16 @@ def test_process_wide_settings_are_restored():
     with process_settings(TrainingConfig(num_threads=2, float32_matmul_precision="medium")):
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "medium")
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+def test_data_that_is_refused_leaves_no_run_folder(make_recipe):
+    recipe = make_recipe(name="nothing")
+    recipe.data.source = "missing.txt"
+    with pytest.raises(UserError, match=r"missing\.txt"):
+        train(recipe, quiet())
+    assert not recipe.run_dir.exists()
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused():
+    with pytest.raises(UserError, match=r"training\.seed=4294967296 must be below 2\*\*32"):
+        TrainingConfig(seed=2**32)

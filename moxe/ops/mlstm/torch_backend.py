@@ -68,7 +68,7 @@ class _ChunkPlan:
     num_chunks: int
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _plan(cu_seqlens: tuple[int, ...], num_heads: int, longest: int, device: torch.device) -> _ChunkPlan:
     start = torch.tensor(cu_seqlens[:-1])
     length = torch.tensor(cu_seqlens).diff()

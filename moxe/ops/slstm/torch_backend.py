@@ -46,7 +46,7 @@ class _TimePlan:
     last_row: Tensor  # [G * H] row behind each segment, in [initial rectangle, time-major rows]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _plan(cu_seqlens: tuple[int, ...], group_offsets: tuple[int, ...], heads: int, device: torch.device) -> _TimePlan:
     cu = torch.tensor(cu_seqlens)
     length = cu.diff()

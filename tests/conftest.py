@@ -8,9 +8,24 @@ import pytest
 import torch
 from hypothesis import settings
 
+from moxe.ops.cpu import build
+
 # Which examples run does not depend on the day, and a slow machine is not a failure.
 settings.register_profile("moxe", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("moxe")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is tried on the backend `cpu` is skipped, visibly, where there is no compiler."""
+    on_cpu_backend = [item for item in items if any(part.startswith("cpu") for part in _parameters(item))]
+    if on_cpu_backend and (reason := build.why_unavailable()):
+        for item in on_cpu_backend:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _parameters(item: pytest.Item) -> list[str]:
+    callspec = getattr(item, "callspec", None)
+    return callspec.id.split("-") if callspec else []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,6 +30,8 @@ class Continuation:
     row: Tensor  # [G] row of each segment
     continues: Tensor  # [G] bool: the segment goes on where its row stopped
     is_last: Tensor  # [G] bool: its final state is the row's
+    # Every row of the cache goes on, in one segment: then state b belongs to segment b, and none begins anew.
+    every_row_continues: bool = False
 
 
 class MoxECache:
@@ -54,10 +56,30 @@ class MoxECache:
         """Columns seen so far, padding included."""
         return self.seq_length
 
+    def read_mixer(self, block: str, at: Continuation) -> BlockState | None:
+        """State before every segment of a mixer; None when all of them begin empty."""
+        if at.every_row_continues and (state := self.states.get(block)) is not None:
+            return {name: tensor[:, 0] for name, tensor in state.items()}
+        segment = torch.arange(at.segments.num_segments)
+        return self.read(block, at, segment, torch.zeros_like(segment))
+
+    def write_mixer(self, block: str, at: Continuation, new: BlockState) -> None:
+        """Keeps the state of a mixer behind every segment that is the last of its row."""
+        if at.every_row_continues and (state := self.states.get(block)) is not None:
+            self.states[block] = {name: new[name].detach().to(old.dtype)[:, None] for name, old in state.items()}
+            return
+        segment = torch.arange(at.segments.num_segments)
+        self.write(block, 1, at, segment, torch.zeros_like(segment), new)
+
     def read(self, block: str, at: Continuation, segment: Tensor, expert: Tensor) -> BlockState | None:
         """State before the given segments of the given experts of a block; None when all of them begin empty."""
-        state, continues = self.states.get(block), at.continues[segment]
-        if state is None or not continues.any():
+        state = self.states.get(block)
+        if state is None:
+            return None
+        if at.every_row_continues:
+            return {name: tensor[segment.to(tensor.device), expert.to(tensor.device)] for name, tensor in state.items()}
+        continues = at.continues[segment]
+        if not continues.any():
             return None
         row = at.row[segment]
         begins = (~continues).nonzero().flatten()
@@ -82,6 +104,10 @@ class MoxECache:
                 name: tensor.new_full((self.batch_size, num_experts, *tensor.shape[1:]), _empty_value(name))
                 for name, tensor in new.items()
             }
+        if at.every_row_continues:
+            for name, tensor in self.states[block].items():
+                tensor[segment.to(tensor.device), expert.to(tensor.device)] = new[name].detach().to(tensor.dtype)
+            return
         fresh_rows = at.row[at.is_last & ~at.continues]
         kept = at.is_last[segment].nonzero().flatten()
         row, expert = at.row[segment][kept], expert[kept]

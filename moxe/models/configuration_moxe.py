@@ -16,7 +16,7 @@ ExpertMemory = Literal["sequence", "token"]
 RouterKind = Literal["entropy", "standard"]
 BiasKind = Literal["standard", "proportional", "masked"]
 GroupLossKind = Literal["kl", "squared_difference", "squared_distance", "jensen_shannon"]
-BackendName = Literal["auto", "reference", "torch"]
+BackendName = Literal["auto", "reference", "torch", "cpu"]
 
 _CHOICES = {
     "expert_kind": get_args(ExpertKind),
@@ -86,7 +86,8 @@ class MoxEConfig(PreTrainedConfig):
             the mean parameter count of an mLSTM and an sLSTM expert.
         norm_eps: epsilon of every normalisation.
         tie_word_embeddings: share the embedding with the language-model head.
-        backend: implementation of the two cells: `auto`, `reference`, `torch`.
+        backend: implementation of the two cells: `auto`, `reference`, `torch`,
+            `cpu` (C++, compiled on first use).
         use_cache: whether a forward pass without labels returns its recurrent state by default.
 
     Raises:

@@ -130,6 +130,7 @@ class MoxELayer(nn.Module):
                 "slstm": partial(_make_slstm, config, first_block + 2),
                 "ffn": partial(_make_ffn, config),
             },
+            backend=config.backend,
         )
 
     def forward(
@@ -140,18 +141,16 @@ class MoxELayer(nn.Module):
             x = x + self._mix(name, x, sequences, cache, at)
         routing = self.router(x)
         read, write = self._expert_state(cache, at)
-        experts = self.experts(x, routing.expert_indices, routing.expert_weights, sequences, read, write)
-        return x + experts, routing
+        return self.experts(x, routing.expert_indices, routing.expert_weights, sequences, read, write), routing
 
     def _mix(self, name: str, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation) -> Tensor:
         mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
         if cache is None:
             return mixer(x, sequences, None, False)[0]
-        block, segment = f"layers.{self.layer}.{name}", torch.arange(sequences.num_segments)
-        expert = torch.zeros_like(segment)
-        y, state = mixer(x, sequences, cache.read(block, at, segment, expert), True)
+        block = f"layers.{self.layer}.{name}"
+        y, state = mixer(x, sequences, cache.read_mixer(block, at), True)
         assert state is not None
-        cache.write(block, 1, at, segment, expert, state)
+        cache.write_mixer(block, at, state)
         return y
 
     def _expert_state(self, cache: MoxECache | None, at: Continuation) -> tuple[ReadState, WriteState | None]:
@@ -204,6 +203,7 @@ def _make_ffn(config: MoxEConfig, num_blocks: int) -> FeedForwardBlocks:
         ffn_size=config.ffn_size,
         norm_eps=config.norm_eps,
         num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        backend=config.backend,
     )
 
 
@@ -331,7 +331,8 @@ def _continuation(
         if document_ids is not None
         else torch.where(continues[is_last], cache.document[row[is_last]], 0)
     )
-    return Continuation(sequences, row, continues, is_last), last_document
+    every_row_continues = len(row) == cache.batch_size and bool(continues.all()) and bool(is_last.all())
+    return Continuation(sequences, row, continues, is_last, every_row_continues), last_document
 
 
 class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
@@ -430,7 +431,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         config = self.config
         num_targets = int((targets != IGNORED).sum())
         total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
-        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, targets, backend=config.backend)
         lm_loss = cross_entropy / max(total, 1)
         losses = [router_losses(decided, config.group_loss_kind) for decided in routing]
         means = RouterLosses(

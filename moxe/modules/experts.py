@@ -32,8 +32,10 @@ class Experts(nn.Module):
         expert_kind: str,
         expert_memory: str,
         make_block: dict[str, Callable[[int], nn.Module]],
+        backend: str,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.has_memory = expert_memory == "sequence"
         half = num_experts // 2
         if expert_kind == "xlstm":
@@ -52,17 +54,18 @@ class Experts(nn.Module):
         read_state: ReadState,
         write_state: WriteState | None,
     ) -> Tensor:
-        """sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]; the residual is the caller's."""
+        """h + sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]."""
         assignments = assign(expert_indices, sequences, one_token_segments=not self.has_memory)
-        rows = dispatch(h, assignments)
+        owned = {kind: assignments.of_experts(first, last) for kind, (first, last) in self.ranges.items()}
+        rows = dispatch(h, assignments, backend=self.backend)
+        parts = rows.split([own.segments.num_tokens for own in owned.values()])
         outputs = []
-        for kind, (first, last) in self.ranges.items():
-            own = assignments.of_experts(first, last)
+        for (kind, own), part in zip(owned.items(), parts, strict=True):
             keeps_state = self.has_memory and kind != "ffn"
             state = read_state(kind, own) if keeps_state else None
             block: MLSTMBlocks | SLSTMBlocks | FeedForwardBlocks = getattr(self, kind)
-            y, new_state = block(rows[own.rows], own.segments, state, keeps_state and write_state is not None)
+            y, new_state = block(part, own.segments, state, keeps_state and write_state is not None)
             if new_state is not None and write_state is not None:
                 write_state(kind, own, new_state)
             outputs.append(y)
-        return combine(torch.cat(outputs), expert_weights, assignments)
+        return combine(torch.cat(outputs), expert_weights, assignments, residual=h, backend=self.backend)

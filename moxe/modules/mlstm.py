@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moxe.modules.stacks import (
     BlockState,
@@ -19,12 +18,11 @@ from moxe.modules.stacks import (
     StackedLayerNorm,
     StackedLinear,
     small_init_std,
-    stacked_bias,
-    stacked_scale,
     wang_init_std,
 )
-from moxe.ops.grouped_linear import grouped_linear
+from moxe.ops.gating import mlstm_output
 from moxe.ops.mlstm import MLSTMState, mlstm
+from moxe.ops.mlstm.gates import mlstm_gates
 from moxe.ops.segments import Segments
 
 
@@ -46,17 +44,18 @@ class MLSTMBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.qkv_block_size, self.backend = num_heads, qkv_block_size, backend
-        std, diagonal = small_init_std(hidden_size), inner_size // qkv_block_size
-        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps)
+        std = small_init_std(hidden_size)
+        blocks = (inner_size // qkv_block_size, qkv_block_size, qkv_block_size)
+        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
         self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * inner_size, init_std=std)
-        self.conv = StackedConv(num_blocks, inner_size, conv_kernel_size)
-        self.q_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
-        self.k_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
-        self.v_proj = StackedBlockLinear(num_blocks, diagonal, qkv_block_size, qkv_block_size, init_std=std)
+        self.conv = StackedConv(num_blocks, inner_size, conv_kernel_size, backend=backend)
+        self.q_proj = StackedBlockLinear(num_blocks, *blocks, init_std=std, backend=backend)
+        self.k_proj = StackedBlockLinear(num_blocks, *blocks, init_std=std, backend=backend)
+        self.v_proj = StackedBlockLinear(num_blocks, *blocks, init_std=std, backend=backend)
         # Rows: igate of each head, then fgate of each head; columns: q, k, v.
         self.gate_weight = nn.Parameter(torch.empty(num_blocks, 2 * num_heads, 3 * inner_size))
         self.gate_bias = nn.Parameter(torch.empty(num_blocks, 2 * num_heads))
-        self.head_norm = StackedLayerNorm(num_blocks, inner_size, eps=norm_eps, heads=num_heads)
+        self.head_norm = StackedLayerNorm(num_blocks, inner_size, eps=norm_eps, heads=num_heads, backend=backend)
         self.skip = nn.Parameter(torch.empty(num_blocks, inner_size))
         out_std = wang_init_std(hidden_size, num_residual_blocks)
         self.down_proj = StackedLinear(num_blocks, inner_size, hidden_size, init_std=out_std)
@@ -81,12 +80,13 @@ class MLSTMBlocks(nn.Module):
         heads, block = self.num_heads, self.qkv_block_size
         branch, gate = self.up_proj(self.norm(x, segments), segments).chunk(2, dim=-1)
         convolved, conv_state = self.conv(branch, segments, state["conv"] if state else None, return_state)
-        convolved = F.silu(convolved)
         by_block = convolved.unflatten(-1, (-1, block))
         q = self.q_proj(by_block, segments).flatten(1)
         k = self.k_proj(by_block, segments).flatten(1)
         v = self.v_proj(branch.unflatten(-1, (-1, block)), segments).flatten(1)
-        igate, fgate = self._gates(q, k, v, segments).chunk(2, dim=-1)
+        igate, fgate = mlstm_gates(
+            q, k, v, self.gate_weight, self.gate_bias, segments.row_offsets, backend=self.backend
+        )
         h, cell_state = mlstm(
             q.unflatten(-1, (heads, -1)),
             k.unflatten(-1, (heads, -1)),
@@ -98,15 +98,18 @@ class MLSTMBlocks(nn.Module):
             return_final_state=return_state,
             backend=self.backend,
         )
-        mixed = self.head_norm(h.flatten(1), segments) + stacked_scale(convolved, self.skip, segments)
-        out = self.down_proj(mixed * F.silu(gate), segments)
+        mixed = mlstm_output(
+            h.flatten(1),
+            convolved,
+            gate,
+            self.head_norm.weight,
+            self.skip,
+            segments.row_offsets,
+            heads=heads,
+            eps=self.head_norm.eps,
+            backend=self.backend,
+        )
+        out = self.down_proj(mixed, segments)
         if cell_state is None or conv_state is None:
             return out, None
         return out, {"conv": conv_state, **cell_state._asdict()}
-
-    def _gates(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        """[N, 2 H] pre-activations, always in the precision of the parameters."""
-        with torch.autocast(q.device.type, enabled=False):
-            sources = zip((q, k, v), self.gate_weight.chunk(3, dim=-1), strict=True)
-            products = [grouped_linear(x.to(w.dtype), w, segments.row_offsets) for x, w in sources]
-            return stacked_bias(products[0] + products[1] + products[2], self.gate_bias, segments)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moxe.modules.feed_forward import FeedForwardBlocks
 from moxe.modules.stacks import (
@@ -19,10 +18,10 @@ from moxe.modules.stacks import (
     StackedConv,
     StackedLayerNorm,
     small_init_std,
-    stacked_bias,
 )
 from moxe.ops.segments import Segments
 from moxe.ops.slstm import SLSTMState, slstm
+from moxe.ops.slstm.gates import slstm_gates
 
 FORGET_GATE = 1  # place of f among i, f, z, o
 
@@ -47,19 +46,20 @@ class SLSTMBlocks(nn.Module):
         self.num_heads, self.backend = num_heads, backend
         self.depth = residual_block / max(num_residual_blocks - 1, 1)
         size, std = hidden_size // num_heads, small_init_std(hidden_size)
-        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps)
-        self.conv = StackedConv(num_blocks, hidden_size, conv_kernel_size)
-        self.if_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std)
-        self.zo_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std)
+        self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
+        self.conv = StackedConv(num_blocks, hidden_size, conv_kernel_size, backend=backend)
+        self.if_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std, backend=backend)
+        self.zo_proj = StackedBlockLinear(num_blocks, num_heads, size, 2 * size, init_std=std, backend=backend)
         self.recurrent_weight = nn.Parameter(torch.empty(num_blocks, num_heads, size, 4, size))
         self.gate_bias = nn.Parameter(torch.empty(num_blocks, num_heads, 4, size))
-        self.head_norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, heads=num_heads)
+        self.head_norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, heads=num_heads, backend=backend)
         self.ffn = FeedForwardBlocks(
             num_blocks,
             hidden_size=hidden_size,
             ffn_size=ffn_size,
             norm_eps=norm_eps,
             num_residual_blocks=num_residual_blocks,
+            backend=backend,
         )
         self.reset_parameters()
 
@@ -79,13 +79,17 @@ class SLSTMBlocks(nn.Module):
 
         A state holds conv [G, T - 1, D] and c, n, m, h [G, H, Dh].
         """
-        heads = self.num_heads
         normed = self.norm(x, segments)
         convolved, conv_state = self.conv(normed, segments, state["conv"] if state else None, return_state)
-        i_and_f = self.if_proj(F.silu(convolved).unflatten(-1, (heads, -1)), segments)
-        z_and_o = self.zo_proj(normed.unflatten(-1, (heads, -1)), segments)
-        gates = torch.cat([i_and_f, z_and_o], dim=-1)
-        gates = stacked_bias(gates, self.gate_bias.flatten(2), segments).unflatten(-1, (4, -1))
+        gates = slstm_gates(
+            convolved,
+            normed,
+            self.if_proj.weight,
+            self.zo_proj.weight,
+            self.gate_bias.flatten(2),
+            segments.row_offsets,
+            backend=self.backend,
+        )
         h, cell_state = slstm(
             gates,
             self.recurrent_weight,

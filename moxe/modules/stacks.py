@@ -8,15 +8,13 @@ Every module here takes rows together with the `Segments` that say which rows be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moxe.ops.conv import causal_conv
 from moxe.ops.grouped_linear import grouped_block_linear, grouped_linear
+from moxe.ops.norm import stacked_layer_norm
 from moxe.ops.segments import Segments
 
 # What a block carries from token to token: tensors by name, each with one entry a segment in front.
@@ -52,9 +50,11 @@ class StackedLinear(nn.Module):
 class StackedBlockLinear(nn.Module):
     """Block-diagonal product, [N, Q, I] -> [N, Q, O]; weight [E, Q, I, O]."""
 
-    def __init__(self, num_blocks: int, diagonal: int, in_size: int, out_size: int, *, init_std: float) -> None:
+    def __init__(
+        self, num_blocks: int, diagonal: int, in_size: int, out_size: int, *, init_std: float, backend: str
+    ) -> None:
         super().__init__()
-        self.init_std = init_std
+        self.init_std, self.backend = init_std, backend
         self.weight = nn.Parameter(torch.empty(num_blocks, diagonal, in_size, out_size))
         self.reset_parameters()
 
@@ -62,14 +62,15 @@ class StackedBlockLinear(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        return grouped_block_linear(x, self.weight, segments.row_offsets)
+        return grouped_block_linear(x, self.weight, segments.row_offsets, backend=self.backend)
 
 
 class StackedConv(nn.Module):
-    """Causal depthwise convolution, [N, C] -> [N, C]; weight [E, C, T], bias [E, C]. See `moxe.ops.conv`."""
+    """SiLU of a causal depthwise convolution, [N, C] -> [N, C]; weight [E, C, T], bias [E, C]. See `moxe.ops.conv`."""
 
-    def __init__(self, num_blocks: int, channels: int, taps: int) -> None:
+    def __init__(self, num_blocks: int, channels: int, taps: int, *, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_blocks, channels, taps))
         self.bias = nn.Parameter(torch.empty(num_blocks, channels))
         self.reset_parameters()
@@ -82,15 +83,24 @@ class StackedConv(nn.Module):
     def forward(
         self, x: Tensor, segments: Segments, state: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return causal_conv(x, self.weight, self.bias, segments, initial_state=state, return_final_state=return_state)
+        return causal_conv(
+            x,
+            self.weight,
+            self.bias,
+            segments,
+            silu=True,
+            initial_state=state,
+            return_final_state=return_state,
+            backend=self.backend,
+        )
 
 
 class StackedLayerNorm(nn.Module):
     """Layer normalisation without bias, [N, C] -> [N, C], over each of `heads` parts of C; weight [E, C]."""
 
-    def __init__(self, num_blocks: int, channels: int, *, eps: float, heads: int = 1) -> None:
+    def __init__(self, num_blocks: int, channels: int, *, eps: float, heads: int = 1, backend: str) -> None:
         super().__init__()
-        self.eps, self.heads = eps, heads
+        self.eps, self.heads, self.backend = eps, heads, backend
         self.weight = nn.Parameter(torch.empty(num_blocks, channels))
         self.reset_parameters()
 
@@ -98,24 +108,6 @@ class StackedLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        size = x.shape[-1] // self.heads
-        normed = F.layer_norm(x.unflatten(-1, (self.heads, size)), (size,), eps=self.eps).flatten(-2)
-        return stacked_scale(normed, self.weight, segments)
-
-
-def stacked_scale(x: Tensor, weight: Tensor, segments: Segments) -> Tensor:
-    """Each row of x [N, C] times its block's row of weight [E, C]."""
-    return _by_block(torch.mul, x, weight, segments)
-
-
-def stacked_bias(x: Tensor, bias: Tensor, segments: Segments) -> Tensor:
-    """Each row of x [N, ...] plus its block's entry of bias [E, ...]."""
-    return _by_block(torch.add, x, bias, segments)
-
-
-def _by_block(op: Callable[[Tensor, Tensor], Tensor], x: Tensor, parameter: Tensor, segments: Segments) -> Tensor:
-    if len(parameter) == 1:
-        return op(x, parameter[0])
-    offsets = segments.row_offsets
-    sizes = [end - begin for begin, end in pairwise(offsets)]
-    return torch.cat([op(part, own) for part, own in zip(x.split(sizes), parameter.unbind(0), strict=True)])
+        return stacked_layer_norm(
+            x, self.weight, segments.row_offsets, heads=self.heads, eps=self.eps, backend=self.backend
+        )

@@ -11,59 +11,83 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moxe.ops.backend import core_dtype
+from moxe.ops.backend import core_dtype, resolve_backend
 
 IGNORED = -100
 # Entries of logits that are held at a time: about what a last-level cache holds in float32.
 _ENTRIES_AT_ONCE = 1 << 22
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """sum_n -log softmax(weight hidden_n)[target_n], a 0-d tensor; target -100 adds nothing.
 
     Args:
         hidden: [N, D]. Under autocast the products run in its dtype; the softmax is float32 at least.
         weight: [V, D].
         targets: [N] int64.
+        backend: `cpu` for the softmax in C++; every other one uses torch.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not torch.is_grad_enabled():  # inside a Function it would not be seen, and gradients computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+    through_rows = _through_rows_in_cpp if resolve_backend(backend, device) == "cpu" else _through_rows
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, through_rows)
+
+
+def _through_rows(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' losses and the gradient of logits [R, V] (which it may overwrite)."""
+    dtype, logits = logits.dtype, logits.to(core_dtype(logits))
+    counts = (targets != IGNORED)[:, None]
+    target = targets[:, None].masked_fill(~counts, 0)
+    log_normaliser = logits.logsumexp(1, keepdim=True)
+    loss = ((log_normaliser - logits.gather(1, target)) * counts).sum()
+    if not wants_gradient:
+        return loss, logits
+    dlogits = logits.sub_(log_normaliser).exp_()
+    dlogits.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0)).mul_(counts)
+    return loss, dlogits.to(dtype)
+
+
+def _through_rows_in_cpp(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    return torch.ops.moxe.softmax_cross_entropy_(logits, targets, wants_gradient).sum(), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, through_rows) -> Tensor:
         needs_dhidden, needs_dweight, *_ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden) if needs_dhidden else None
         dweight = torch.zeros_like(weight) if needs_dweight else None
-        core = core_dtype(hidden)
-        loss = hidden.new_zeros((), dtype=core)
+        loss = hidden.new_zeros((), dtype=core_dtype(hidden))
         matrix = weight.to(dtype)
-        counted = targets != IGNORED
         rows_at_once = max(1, _ENTRIES_AT_ONCE // len(weight))
         for begin in range(0, len(hidden), rows_at_once):
             rows = slice(begin, begin + rows_at_once)
-            x, counts = hidden[rows].to(dtype), counted[rows, None]
-            target = targets[rows, None].masked_fill(~counts, 0)
-            logits = (x @ matrix.T).to(core)
-            log_normaliser = logits.logsumexp(1, keepdim=True)
-            loss += ((log_normaliser - logits.gather(1, target)) * counts).sum()
-            if dhidden is None and dweight is None:
-                continue
-            dlogits = logits.sub_(log_normaliser).exp_()
-            dlogits.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0)).mul_(counts)
-            dlogits = dlogits.to(dtype)
+            x = hidden[rows].to(dtype)
+            loss_of_rows, dlogits = through_rows(x @ matrix.T, targets[rows], needs_dhidden or needs_dweight)
+            loss += loss_of_rows
             if dhidden is not None:
                 dhidden[rows] = (dlogits @ matrix).to(hidden.dtype)
-            if dweight is not None:
+            if dweight is not None and dweight.dtype == dtype:
+                dweight.addmm_(dlogits.T, x)
+            elif dweight is not None:
                 dweight += dlogits.T @ x
         ctx.save_for_backward(dhidden, dweight)
         return loss
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dhidden, dweight = (grad if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return dhidden, dweight, None, None
+        return dhidden, dweight, None, None, None
+
+
+# Implemented in cross_entropy.cpp; overwrites the logits with their gradient.
+torch.library.define(
+    "moxe::softmax_cross_entropy_", "(Tensor(a!) logits, Tensor targets, bool wants_gradient) -> Tensor"
+)
+
+
+@torch.library.register_fake("moxe::softmax_cross_entropy_")
+def _(logits, targets, wants_gradient):
+    return logits.new_empty(logits.shape[0], dtype=core_dtype(logits))

@@ -3,7 +3,8 @@
 Legend: N rows, E groups, I inputs, O outputs, Q blocks.
 
 `row_offsets` (E + 1 host numbers) say which rows belong to a group: an expert's tokens, or all rows of a mixer (E = 1).
-A group without rows costs nothing and gets a gradient of zero. Under autocast the products run in its dtype.
+A group without rows costs nothing and gets a gradient of zero. Under autocast the products run in its dtype; those in
+C++ (`grouped_linear.cpp`) store rows in it, and leave the weights and the sums as precise as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moxe.ops.backend import core_dtype, resolve_backend
 
 
 def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
@@ -26,14 +30,20 @@ def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Ten
     return _GroupedLinear.apply(*_autocast(x, weight), tuple(row_offsets))
 
 
-def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
+def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, backend: str = "auto") -> Tensor:
     """Block-diagonal products: x [N, Q, I] with weight [E, Q, I, O] -> [N, Q, O].
 
+    Args:
+        backend: `auto` or one of `moxe.ops.backend.BACKENDS`.
+
     Raises:
-        ValueError: for shapes that do not agree.
+        ValueError: for shapes that do not agree or an unknown backend.
     """
     if weight.ndim != 4 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], *weight.shape[1:3]):
         raise ValueError(f"x must be [N, Q, I] and weight [E, Q, I, O] {_sizes(x, weight, row_offsets)}")
+    if resolve_backend(backend, x.device.type) == "cpu":
+        x, _ = _autocast(x, weight)
+        return _GroupedBlockLinearCpu.apply(x, weight.to(core_dtype(x)), tuple(row_offsets))
     return _GroupedBlockLinear.apply(*_autocast(x, weight), tuple(row_offsets))
 
 
@@ -103,3 +113,42 @@ class _GroupedBlockLinear(torch.autograd.Function):
             if dweight is not None:
                 torch.bmm(x[rows].permute(1, 2, 0), by_block, out=dweight[e])
         return dx, dweight, None
+
+
+class _GroupedBlockLinearCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, row_offsets: tuple[int, ...]) -> Tensor:
+        if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+            x = x.contiguous()
+        weight = weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.row_offsets = row_offsets
+        return torch.ops.moxe.grouped_block_linear(x, weight, row_offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        dx, dweight = torch.ops.moxe.grouped_block_linear_backward(
+            dy.contiguous(), x, weight, ctx.row_offsets, needs_dx, needs_dweight
+        )
+        return dx if needs_dx else None, dweight if needs_dweight else None, None
+
+
+torch.library.define("moxe::grouped_block_linear", "(Tensor x, Tensor weight, int[] row_offsets) -> Tensor")
+torch.library.define(
+    "moxe::grouped_block_linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, int[] row_offsets, bool needs_dx, bool needs_dweight) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("moxe::grouped_block_linear")
+def _(x, weight, row_offsets):
+    return x.new_empty(*x.shape[:2], weight.shape[3])
+
+
+@torch.library.register_fake("moxe::grouped_block_linear_backward")
+def _(dy, x, weight, row_offsets, needs_dx, needs_dweight):
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
+    return dx, torch.empty_like(weight) if needs_dweight else weight.new_empty(0)

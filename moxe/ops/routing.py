@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from moxe.ops.backend import autocast_dtype, core_dtype, resolve_backend
 from moxe.ops.segments import Segments
 
 
@@ -81,29 +83,71 @@ def assign(expert_indices: Tensor, sequences: Segments, *, one_token_segments: b
     return Assignments(token_of_row, row_of_slot, k, cu_rows, expert[first_row], sequence[first_row])
 
 
-def dispatch(x: Tensor, assignments: Assignments) -> Tensor:
-    """[N, D] -> [N K, D]: each token's vector once for each of its experts, in sorted order."""
-    return _Dispatch.apply(x, assignments)
+def dispatch(x: Tensor, assignments: Assignments, *, backend: str = "auto") -> Tensor:
+    """[N, D] -> [N K, D]: each token's vector once for each of its experts, in sorted order.
+
+    Raises:
+        ValueError: for an unknown backend (`auto`, `cpu`, `torch`; `reference` is `torch` here).
+    """
+    chosen = resolve_backend(backend, x.device.type)
+    a = assignments
+    return _Dispatch.apply(x, a.token_of_row, a.row_of_slot, a.experts_per_token, chosen)
 
 
-def combine(y: Tensor, weights: Tensor, assignments: Assignments) -> Tensor:
-    """Sum over a token's experts: y [N K, D] in sorted order, weights [N, K] -> [N, D]."""
+def combine(
+    y: Tensor, weights: Tensor, assignments: Assignments, *, residual: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Sum over a token's experts, on top of the residual if there is one.
+
+    Args:
+        y: [N K, D] in sorted order.
+        weights: [N, K].
+        residual: [N, D].
+        backend: `auto`, `cpu` or `torch`; `reference` is `torch` here.
+
+    Returns:
+        [N, D]. With a residual in the dtype that it and y promote to, else in that of y, and in autocast's under one.
+
+    Raises:
+        ValueError: for shapes that do not agree or an unknown backend.
+    """
+    rows, tokens = len(assignments.token_of_row), len(assignments.token_of_row) // assignments.experts_per_token
+    agree = residual is None or residual.shape == (tokens, *y.shape[1:])
+    if y.ndim != 2 or len(y) != rows or weights.shape != (tokens, assignments.experts_per_token) or not agree:
+        raise ValueError(
+            f"y, weights and residual must be [N K, D], [N, K] and [N, D] with N={tokens} tokens and "
+            f"K={assignments.experts_per_token} experts a token, got {tuple(y.shape)}, {tuple(weights.shape)}, "
+            f"{None if residual is None else tuple(residual.shape)}"
+        )
+    if resolve_backend(backend, y.device.type) == "cpu":
+        dtype = autocast_dtype(y)
+        if residual is not None:
+            dtype = torch.promote_types(residual.dtype, y.dtype)
+            residual = residual.to(dtype)
+        return _Combine.apply(y, weights.to(core_dtype(y)), residual, assignments.row_of_slot, dtype)
     of_slot = _Permute.apply(y, assignments.row_of_slot)
-    return torch.einsum("nk,nkd->nd", weights.to(y.dtype), of_slot.unflatten(0, weights.shape))
+    combined = torch.einsum("nk,nkd->nd", weights.to(y.dtype), of_slot.unflatten(0, weights.shape))
+    return combined if residual is None else residual + combined
 
 
 class _Dispatch(torch.autograd.Function):
     """A gather whose backward pass is a gather and a sum too: deterministic, and no scattered additions."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, assignments: Assignments) -> Tensor:
-        ctx.assignments = assignments
-        return x.index_select(0, assignments.token_of_row)
+    def forward(ctx, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor, experts_per_token: int, backend: str):
+        ctx.save_for_backward(row_of_slot)
+        ctx.experts_per_token, ctx.backend = experts_per_token, backend
+        return x.index_select(0, token_of_row)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        of_slot = dy.index_select(0, ctx.assignments.row_of_slot)
-        return of_slot.unflatten(0, (-1, ctx.assignments.experts_per_token)).sum(1), None
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (row_of_slot,) = ctx.saved_tensors
+        if ctx.backend == "cpu":
+            dx = torch.ops.moxe.combine(dy, None, None, row_of_slot, ctx.experts_per_token, dy.dtype)
+        else:
+            dx = dy.index_select(0, row_of_slot).unflatten(0, (-1, ctx.experts_per_token)).sum(1)
+        return dx, None, None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -115,3 +159,38 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         return torch.empty_like(dy).index_copy_(0, ctx.order, dy), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor, residual: Tensor | None, row_of_slot: Tensor, dtype: torch.dtype):
+        weights = weights.contiguous()
+        ctx.save_for_backward(y, weights, row_of_slot)
+        return torch.ops.moxe.combine(y, weights, residual, row_of_slot, weights.shape[1], dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        dy, dweights = torch.ops.moxe.combine_backward(dout, *ctx.saved_tensors)
+        return dy, dweights, dout if ctx.needs_input_grad[2] else None, None, None
+
+
+# The implementations are those of routing.cpp.
+torch.library.define(
+    "moxe::combine",
+    "(Tensor y, Tensor? weights, Tensor? residual, Tensor row_of_slot, int experts_per_token, ScalarType dtype)"
+    " -> Tensor",
+)
+torch.library.define(
+    "moxe::combine_backward", "(Tensor dout, Tensor y, Tensor weights, Tensor row_of_slot) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("moxe::combine")
+def _(y, weights, residual, row_of_slot, experts_per_token, dtype):
+    return y.new_empty(row_of_slot.shape[0] // experts_per_token, y.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("moxe::combine_backward")
+def _(dout, y, weights, row_of_slot):
+    return y.new_empty(y.shape), torch.empty_like(weights)

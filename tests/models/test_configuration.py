@@ -51,7 +51,7 @@ def test_a_setting_that_can_not_be_is_refused_with_its_sentence(settings: dict[s
 
 
 def test_an_unknown_backend_is_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="backend='cuda' is not one of: auto, reference, torch"):
+    with pytest.raises(ValueError, match="backend='cuda' is not one of: auto, reference, torch, cpu"):
         tiny_config(backend="cuda")
 
 

@@ -21,7 +21,10 @@ HIDDEN, HEADS, EXPERTS, K = 8, 2, 6, 2
 LENGTHS = (9, 1, 6)
 
 
-def make_experts(kind: str, memory: str = "sequence", num_experts: int = EXPERTS) -> Experts:
+every_backend = pytest.mark.parametrize("backend", ["torch", "cpu"])
+
+
+def make_experts(kind: str, memory: str = "sequence", backend: str = "torch", num_experts: int = EXPERTS) -> Experts:
     torch.manual_seed(0)
     recurrent = {
         "hidden_size": HIDDEN,
@@ -29,7 +32,7 @@ def make_experts(kind: str, memory: str = "sequence", num_experts: int = EXPERTS
         "conv_kernel_size": 4,
         "norm_eps": 1e-5,
         "num_residual_blocks": 6,
-        "backend": "torch",
+        "backend": backend,
     }
     experts = Experts(
         num_experts=num_experts,
@@ -38,8 +41,16 @@ def make_experts(kind: str, memory: str = "sequence", num_experts: int = EXPERTS
         make_block={
             "mlstm": partial(MLSTMBlocks, inner_size=16, qkv_block_size=4, **recurrent),
             "slstm": partial(SLSTMBlocks, ffn_size=12, residual_block=2, **recurrent),
-            "ffn": partial(FeedForwardBlocks, hidden_size=HIDDEN, ffn_size=12, norm_eps=1e-5, num_residual_blocks=6),
+            "ffn": partial(
+                FeedForwardBlocks,
+                hidden_size=HIDDEN,
+                ffn_size=12,
+                norm_eps=1e-5,
+                num_residual_blocks=6,
+                backend=backend,
+            ),
         },
+        backend=backend,
     )
     scramble(experts, scale=0.4)
     return experts.double()
@@ -61,11 +72,12 @@ def run(experts: Experts, h: Tensor, indices: Tensor, weights: Tensor) -> Tensor
     return experts(h, indices, weights, Segments.from_lengths(LENGTHS), lambda kind, rows: None, None)
 
 
+@every_backend
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
-def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gradients(kind: str):
-    experts = make_experts(kind)
+def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gradients(kind: str, backend: str):
+    experts = make_experts(kind, backend=backend)
     h, indices, weights = routed_tokens()
-    expected = torch.zeros_like(h)
+    expected = h.clone()
     first = 0
     for length in LENGTHS:
         for e, (own_kind, place) in enumerate(kinds_of(kind, EXPERTS)):
@@ -80,28 +92,32 @@ def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gr
     assert_equal_with_gradients(ours, expected, {"h": h, "weights": weights, **dict(experts.named_parameters())})
 
 
+@every_backend
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
-def test_equation_09_experts_equal_every_expert_over_all_tokens_with_the_unrouted_ones_masked_out(kind: str):
+def test_equation_09_experts_equal_every_expert_over_all_tokens_with_the_unrouted_ones_masked_out(
+    kind: str, backend: str
+):
     """The dense form: a token that is not sent to an expert enters neither its state nor its convolution's window."""
-    experts = make_experts(kind)
+    experts = make_experts(kind, backend=backend)
     h, indices, weights = routed_tokens()
     weights = (weights / weights.sum(-1, keepdim=True)).detach().requires_grad_()
     dense = [
         mix_experts(row, experts, kinds_of(kind, EXPERTS), chosen, weight, HEADS)
         for row, chosen, weight in zip(h.split(LENGTHS), indices.split(LENGTHS), weights.split(LENGTHS), strict=True)
     ]
-    # The weights sum to 1, so that the residual passes untouched; their gradient sees it, so it is added as written.
-    ours = run(experts, h, indices, weights) + weights.sum(-1, keepdim=True) * h
+    # The weights sum to 1, so that the residual passes untouched; their gradient sees it in the dense form.
+    ours = run(experts, h, indices, weights) + (weights.sum(-1, keepdim=True) - 1) * h
     assert_equal_with_gradients(
         ours, torch.cat(dense), {"h": h, "weights": weights, **dict(experts.named_parameters())}
     )
 
 
+@every_backend
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
-def test_in_token_mode_every_token_meets_an_empty_memory(kind: str):
-    experts = make_experts(kind, memory="token")
+def test_in_token_mode_every_token_meets_an_empty_memory(kind: str, backend: str):
+    experts = make_experts(kind, memory="token", backend=backend)
     h, indices, weights = routed_tokens()
-    expected = torch.zeros_like(h)
+    expected = h.clone()
     for t in range(len(h)):
         for slot, e in enumerate(indices[t].tolist()):
             own_kind, place = kinds_of(kind, EXPERTS)[e]
@@ -114,8 +130,8 @@ def test_in_token_mode_every_token_meets_an_empty_memory(kind: str):
 def test_memory_makes_a_difference_for_recurrent_experts():
     h, indices, weights = routed_tokens()
     for kind in ("xlstm", "mlstm", "slstm"):
-        remembering = run(make_experts(kind), h, indices, weights)
-        forgetting = run(make_experts(kind, memory="token"), h, indices, weights)
+        remembering = run(make_experts(kind), h, indices, weights) - h
+        forgetting = run(make_experts(kind, memory="token"), h, indices, weights) - h
         assert (remembering - forgetting).abs().max() > 0.1 * remembering.abs().max()
     with_memory, without = (run(make_experts("ffn", memory), h, indices, weights) for memory in ("sequence", "token"))
     assert_equal(with_memory, without)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moxe.modules.feed_forward import FeedForwardBlocks
@@ -11,8 +12,9 @@ from tests.modules.comparison import assert_equal_with_gradients
 from tests.modules.paper import feed_forward_block, weights_of
 
 
-def test_feed_forward_blocks_are_down_of_silu_times_up_of_the_norm_with_all_gradients():
-    blocks = FeedForwardBlocks(3, hidden_size=8, ffn_size=12, norm_eps=1e-5, num_residual_blocks=6)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_feed_forward_blocks_are_down_of_silu_times_up_of_the_norm_with_all_gradients(backend: str):
+    blocks = FeedForwardBlocks(3, hidden_size=8, ffn_size=12, norm_eps=1e-5, num_residual_blocks=6, backend=backend)
     scramble(blocks)
     blocks.double()
     x = torch.randn(7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()

@@ -36,7 +36,7 @@ def rows(tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_slstm_blocks_compute_the_papers_equations_with_all_gradients(backend: str):
     """A stack of three, the second without tokens, over segments of unequal length, one of them empty."""
     blocks = make_blocks(3, backend)
@@ -67,7 +67,7 @@ def test_the_stabiliser_of_the_slstm_cell_changes_nothing():
     assert_equal(slstm_cell(gates, recurrent, torch.ones(6, dtype=torch.bool)), torch.stack(expected))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_every_segment_starts_in_the_scale_of_its_first_token(backend: str):
     """Input gates of e^-1000 are 0 in any fixed scale, and h would be 0 / 0; only their ratios count."""
     blocks, x, segments = make_blocks(1, backend), rows(9), Segments.from_lengths([4, 1, 4])

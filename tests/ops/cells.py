@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moxe.ops.mlstm import MLSTMState, mlstm
+from moxe.ops.mlstm.cpu import mlstm_cpu
 from moxe.ops.mlstm.reference import mlstm_reference
 from moxe.ops.mlstm.torch_backend import mlstm_torch
 from moxe.ops.segments import Segments
@@ -152,11 +153,11 @@ def _mlstm_through(backend: str) -> Run:
     return run
 
 
-def _mlstm_in_chunks_of(longest: int) -> Run:
+def _mlstm_in_chunks_of(longest: int, op: Callable = mlstm_torch) -> Run:
     def run(inputs: Inputs, segments: Segments) -> tuple[Tensor, State]:
         tokens = [inputs[name] for name in MLSTM.token_inputs]
         state = [inputs.get(name) for name in MLSTM.state_inputs]
-        h, *final = mlstm_torch(*tokens, segments.cu_seqlens, *state, longest, True)
+        h, *final = op(*tokens, segments.cu_seqlens, *state, longest, True)
         return h, MLSTMState(*final)
 
     return run
@@ -204,6 +205,9 @@ MLSTM = Cell(
         "torch": _mlstm_through("torch"),
         "torch, chunks of 5": _mlstm_in_chunks_of(5),
         "torch, chunks of 1": _mlstm_in_chunks_of(1),
+        "cpu": _mlstm_through("cpu"),
+        "cpu, chunks of 5": _mlstm_in_chunks_of(5, mlstm_cpu),
+        "cpu, chunks of 1": _mlstm_in_chunks_of(1, mlstm_cpu),
     },
     reference=_mlstm_by_reference,
 )
@@ -215,7 +219,7 @@ SLSTM = Cell(
     low_precision=("gates",),
     draw=_draw_slstm,
     through=_slstm_through,
-    implementations={"reference": _slstm_through("reference"), "torch": _slstm_through("torch")},
+    implementations={backend: _slstm_through(backend) for backend in ("reference", "torch", "cpu")},
     reference=_slstm_by_reference,
 )
 IMPLEMENTATIONS = [(cell, name) for cell in (MLSTM, SLSTM) for name in cell.implementations]

@@ -46,8 +46,10 @@ every_fast_implementation = pytest.mark.parametrize(
 
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], cell: Cell) -> None:
     assert actual.keys() == expected.keys()
+    # The gradients of q and k cancel to exactly 0 where h does not depend on them (one token, for instance).
+    largest_gradient = max(float(x.abs().max()) if x.numel() else 0.0 for n, x in expected.items() if "gradient" in n)
     for name, value in expected.items():
-        assert_close(actual[name], value, cell.name, name)
+        assert_close(actual[name], value, cell.name, name, largest_term=largest_gradient if "gradient" in name else 0.0)
 
 
 @lru_cache(maxsize=2)

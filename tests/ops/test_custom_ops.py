@@ -1,6 +1,8 @@
-"""The torch backends are proper torch operators: schemas, fake kernels, torch.compile, meta tensors, gradients."""
+"""The fast backends are proper torch operators: schemas, fake kernels, torch.compile, meta tensors, gradients."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,25 +25,37 @@ def leaves_of(cell: Cell, dtype: torch.dtype = torch.float32) -> Inputs:
     return {name: x.requires_grad_(name != "m0") for name, x in inputs.items()}
 
 
-def test_the_mlstm_op_keeps_to_its_schema_and_its_fake_kernel():
+every_mlstm = pytest.mark.parametrize(
+    ("op", "backward_op"),
+    [(mlstm_torch, mlstm_torch_backward), (torch.ops.moxe.mlstm_cpu, torch.ops.moxe.mlstm_cpu_backward)],
+    ids=["torch", "cpu"],
+)
+
+
+@every_mlstm
+def test_the_mlstm_op_keeps_to_its_schema_and_its_fake_kernel(op: Callable, backward_op: Callable):
     tokens = [leaves_of(MLSTM)[name] for name in MLSTM.token_inputs]
-    torch.library.opcheck(mlstm_torch, (*tokens, SEGMENTS.cu_seqlens, None, None, None, 5, False))
+    torch.library.opcheck(op, (*tokens, SEGMENTS.cu_seqlens, None, None, None, 5, False))
 
 
-def test_the_mlstm_op_with_states_keeps_to_its_schema_and_its_fake_kernel():
+@every_mlstm
+def test_the_mlstm_op_with_states_keeps_to_its_schema_and_its_fake_kernel(op: Callable, backward_op: Callable):
     inputs = leaves_of(MLSTM, torch.bfloat16)
     tokens = [inputs[name] for name in MLSTM.token_inputs]
     state = [inputs[name] for name in MLSTM.state_inputs]
-    torch.library.opcheck(mlstm_torch, (*tokens, SEGMENTS.cu_seqlens, *state, 5, True))
+    torch.library.opcheck(op, (*tokens, SEGMENTS.cu_seqlens, *state, 5, True))
 
 
+@every_mlstm
 @pytest.mark.parametrize("with_state", [False, True])
-def test_the_mlstm_backward_op_keeps_to_its_schema_and_its_fake_kernel(with_state: bool):
+def test_the_mlstm_backward_op_keeps_to_its_schema_and_its_fake_kernel(
+    op: Callable, backward_op: Callable, with_state: bool
+):
     inputs = MLSTM.make_inputs(SEGMENTS, torch.bfloat16, with_state=True)
     tokens = [inputs[name] for name in MLSTM.token_inputs]
     state = [inputs[name] for name in MLSTM.state_inputs] if with_state else [None] * 3
     gradients = (torch.ones_like(inputs["q"]), inputs["c0"], None)
-    torch.library.opcheck(mlstm_torch_backward, (*tokens, SEGMENTS.cu_seqlens, *state, 5, *gradients))
+    torch.library.opcheck(backward_op, (*tokens, SEGMENTS.cu_seqlens, *state, 5, *gradients))
 
 
 @pytest.mark.parametrize("return_final_state", [False, True])
@@ -63,6 +77,34 @@ def test_the_slstm_backward_op_keeps_to_its_schema_and_its_fake_kernel():
     gradients = (torch.ones_like(h), inputs["c0"], None, inputs["h0"])
     arguments = (inputs["recurrent"], SEGMENTS.cu_seqlens, offsets, gates, states, *gradients)
     torch.library.opcheck(slstm_torch_backward, arguments)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["cpu-float32", "cpu-bfloat16"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["empty memory", "initial state"])
+def test_the_compiled_slstm_op_keeps_to_its_schema_and_its_fake_kernel(
+    dtype: torch.dtype, with_state: bool, needs_grad: bool
+):
+    inputs = leaves_of(SLSTM, dtype) if needs_grad else SLSTM.make_inputs(SEGMENTS, dtype, with_state=True)
+    bias = torch.randn(2, HEADS, 4, SIZE, requires_grad=needs_grad)
+    state = [inputs[name] for name in SLSTM.state_inputs] if with_state else [None] * 4
+    layout = (SEGMENTS.cu_seqlens, list(SEGMENTS.group_offsets))
+    arguments = (inputs["gates"], inputs["recurrent"], bias, *layout, *state, with_state, needs_grad)
+    torch.library.opcheck(torch.ops.moxe.slstm_cpu, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["cpu-float32", "cpu-bfloat16"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["empty memory", "initial state"])
+def test_the_compiled_slstm_backward_op_keeps_to_its_schema_and_its_fake_kernel(dtype: torch.dtype, with_state: bool):
+    inputs = SLSTM.make_inputs(SEGMENTS, dtype, with_state=True)
+    c0, n0, m0, h0 = [inputs[name] for name in SLSTM.state_inputs] if with_state else [None] * 4
+    layout = (SEGMENTS.cu_seqlens, list(SEGMENTS.group_offsets))
+    forward = (inputs["gates"], inputs["recurrent"], None, *layout, c0, n0, m0, h0, False, True)
+    h, *_, saved, hidden = torch.ops.moxe.slstm_cpu(*forward)
+    hidden = hidden if dtype == torch.bfloat16 else h
+    gradients = (torch.ones_like(h), c0, None, h0, dtype, with_state)
+    arguments = (inputs["recurrent"], *layout, c0, n0, h0, saved, hidden, *gradients)
+    torch.library.opcheck(torch.ops.moxe.slstm_cpu_backward, arguments)
 
 
 @pytest.mark.parametrize("of_state_alone", [False, True], ids=["h and state", "state alone"])
@@ -111,7 +153,8 @@ def test_the_mlstm_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(h_and_memory, leaves)
 
 
-def test_the_slstm_gradients_are_those_of_finite_differences():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_slstm_gradients_are_those_of_finite_differences(backend: str):
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 1, 4, 2), (2, 1, 2, 4, 2), (3, 1, 2), (3, 1, 2), (3, 1, 2)]
     leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -120,7 +163,7 @@ def test_the_slstm_gradients_are_those_of_finite_differences():
 
     def h_and_memory(gates: Tensor, recurrent: Tensor, c0: Tensor, log_n0: Tensor, h0: Tensor) -> list[Tensor]:
         state = SLSTMState(c0, log_n0.exp(), m0, h0)
-        h, final = slstm(gates, recurrent, segments, initial_state=state, return_final_state=True, backend="torch")
+        h, final = slstm(gates, recurrent, segments, initial_state=state, return_final_state=True, backend=backend)
         assert final is not None
         return [h, *true_memory(final)]
 

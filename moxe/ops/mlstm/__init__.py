@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moxe.ops.backend import core_dtype, resolve_backend, without_autocast
+from moxe.ops.mlstm.cpu import CHEAPEST, mlstm_cpu
 from moxe.ops.mlstm.reference import mlstm_reference
 from moxe.ops.mlstm.state import MLSTMState, empty_state
 from moxe.ops.mlstm.torch_backend import chunk_length, mlstm_torch
@@ -36,7 +37,7 @@ def mlstm(
         segments: where the recurrences begin and end.
         initial_state: state before each segment; without it every segment begins empty.
         return_final_state: whether to compute the state behind each segment.
-        backend: `auto`, `reference` or `torch`.
+        backend: `auto`, `reference`, `torch` or `cpu`.
 
     Returns:
         h [N, H, Dh] in the dtype of q, and the final state (float32 or float64) or None.
@@ -48,8 +49,11 @@ def mlstm(
     cu_seqlens = segments.cu_seqlens
     # bfloat16 products inside the core spoil its gradients: autocast is for the projections around it.
     with without_autocast(q.device.type):
-        if resolve_backend(backend, q.device.type) == "torch":
-            c0, n0, m0 = initial_state or (None, None, None)
+        chosen = resolve_backend(backend, q.device.type)
+        c0, n0, m0 = initial_state or (None, None, None)
+        if chosen == "cpu":
+            h, *final = mlstm_cpu(q, k, v, igate, fgate, cu_seqlens, c0, n0, m0, CHEAPEST, return_final_state)
+        elif chosen == "torch":
             longest = chunk_length(q.shape[-1])
             h, *final = mlstm_torch(q, k, v, igate, fgate, cu_seqlens, c0, n0, m0, longest, return_final_state)
         else:

@@ -1,0 +1,90 @@
+"""Where the time of a training step goes, by operation.
+
+    python benchmarks/profile_step.py [--backend auto|cpu|torch] [--bf16] [--threads N] [--json FILE]
+
+The model and batch are those of `moxe bench training`: 18M parameters without embeddings, vocabulary 8,192, B 8, S 256.
+Times are each operation's own, without what it calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.ops.cpu.allocator import keep_freed_memory
+
+STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 products by autocast")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, default=30, help="operations to print")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+
+    torch.manual_seed(0)
+    config = MoxEConfig(vocab_size=8192, hidden_size=256, num_hidden_layers=4, backend=arguments.backend)
+    model = MoxEForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, config.vocab_size, (8, 256))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(STEPS):
+            step()
+
+    milliseconds, calls = Counter(), Counter()
+    for event in profiler.key_averages():
+        milliseconds[event.key] += event.self_cpu_time_total / 1e3 / STEPS
+        calls[event.key] += event.count // STEPS
+    total = sum(milliseconds.values())
+    print(
+        f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s); {total:.0f} ms under the profiler"
+    )
+    print(f"{'operation':<52}{'ms':>9}{'share':>8}{'calls':>8}")
+    for name, spent in milliseconds.most_common(arguments.rows):
+        print(f"{name[:51]:<52}{spent:>9.1f}{spent / total:>8.1%}{calls[name]:>8}")
+    print(f"{'all':<52}{total:>9.1f}{1:>8.1%}{sum(calls.values()):>8}")
+    if arguments.json:
+        record = {
+            "setting": {key: str(value) for key, value in vars(arguments).items() if key != "json"},
+            "torch": torch.__version__,
+            "step_seconds": seconds,
+            "operations": [
+                {"name": name, "milliseconds": round(spent, 3), "calls": calls[name]}
+                for name, spent in milliseconds.most_common()
+            ],
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+// The input and forget gates of the mLSTM: one skinny product of every row's q, k and v.
+//
+// Legend: N rows, E groups, C channels, H heads; P = 2 H gates: the igate of each head, then the fgate of each head.
+//
+//     [igate, fgate][n] = [q, k, v][n] W[e]^T + bias[e]        d[q, k, v][n] = dgates[n] W[e]
+//     dW[e] = sum_n dgates[n]^T [q, k, v][n]                   dbias[e] = sum_n dgates[n]
+//
+// There are far fewer gates than lanes times tiles, so the forward pass runs its vectors along the channels, a few rows
+// and gates at a time, and adds up the lanes at the end; each row is read once from memory. Backward, the channels are
+// the columns of ordinary products, a few rows at a time that stay in the second-level cache.
+
+#include <algorithm>
+#include <array>
+
+#include "cpu/gemm.h"
+#include "cpu/scratch.h"
+#include "cpu/tensor.h"
+
+namespace moxe {
+namespace {
+
+constexpr int64_t kForwardRows = 64, kBackwardRows = 256, kRowsAtATime = 24;
+constexpr int kTileGates = 4, kTileRowsOfGates = 4;
+constexpr int kSources = 3;
+
+struct Sizes {
+  int64_t channels, heads;
+
+  int64_t gates() const { return 2 * heads; }
+  int64_t inputs() const { return kSources * channels; }
+  int64_t weights() const { return gates() * inputs(); }
+};
+
+// q, k and v, whose rows may lie apart.
+template <class S>
+struct Source {
+  S* start;
+  int64_t row;
+};
+template <class S>
+using Sources = std::array<Source<S>, kSources>;
+
+template <class S, class T>
+Sources<T> sources_of(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return {{{data<S>(q), q.stride(0)}, {data<S>(k), k.stride(0)}, {data<S>(v), v.stride(0)}}};
+}
+
+// igate and fgate, [N, H] each.
+template <class T>
+struct Gates {
+  T* igate;
+  T* fgate;
+
+  T* at(int64_t n, int64_t gate, int64_t heads) const {
+    return gate < heads ? igate + n * heads + gate : fgate + n * heads + gate - heads;
+  }
+};
+
+template <class S, int kRows, int kGates, class L>
+inline void add_products(const S* x, int64_t row, const ComputeType<S>* w, int64_t inputs, L lanes,
+                         Vector<ComputeType<S>> (&total)[kRows][kGates]) {
+  Vector<ComputeType<S>> of_gate[kGates];
+  for (int p = 0; p < kGates; ++p) of_gate[p] = load(w + p * inputs, lanes);
+  for (int r = 0; r < kRows; ++r) {
+    const auto of_row = load(x + r * row, lanes);
+    for (int p = 0; p < kGates; ++p) total[r][p] += of_row * of_gate[p];
+  }
+}
+
+template <class S, int kRows, int kGates>
+void gates_of_tile(const Sizes& sizes, const Sources<const S>& sources, int64_t n, int64_t gate,
+                   const ComputeType<S>* weight, const ComputeType<S>* bias, const Gates<ComputeType<S>>& out) {
+  using T = ComputeType<S>;
+  const int64_t inputs = sizes.inputs(), channels = sizes.channels;
+  Vector<T> total[kRows][kGates] = {};
+  for (int s = 0; s < kSources; ++s) {
+    const int64_t row = sources[s].row;
+    const S* x = sources[s].start + n * row;
+    const T* w = weight + gate * inputs + s * channels;
+    // Not `for_each_vector`: behind its body, the compiler would keep the totals in memory.
+    int64_t c = 0;
+    for (; c + kLanes<T> <= channels; c += kLanes<T>)
+      add_products<S, kRows, kGates>(x + c, row, w + c, inputs, Whole{}, total);
+    if (c < channels) add_products<S, kRows, kGates>(x + c, row, w + c, inputs, Part{channels - c}, total);
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kGates; ++p) *out.at(n + r, gate + p, sizes.heads) = sum(total[r][p]) + bias[gate + p];
+}
+
+template <class S, int kRows>
+void gates_of_rows(const Sizes& sizes, const Sources<const S>& sources, int64_t n, const ComputeType<S>* weight,
+                   const ComputeType<S>* bias, const Gates<ComputeType<S>>& out) {
+  int64_t gate = 0;
+  for (; gate + kTileGates <= sizes.gates(); gate += kTileGates)
+    gates_of_tile<S, kRows, kTileGates>(sizes, sources, n, gate, weight, bias, out);
+  for (; gate < sizes.gates(); ++gate) gates_of_tile<S, kRows, 1>(sizes, sources, n, gate, weight, bias, out);
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor* bias) {
+  for (const Tensor& x : {q, k, v}) {
+    TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, "the channels of q, k and v must lie side by side");
+    TORCH_CHECK(x.dtype() == q.dtype(), "q, k and v must be stored alike");
+  }
+  const auto parameters = core_options(q).dtype();
+  TORCH_CHECK(weight.is_contiguous() && weight.dtype() == parameters, "weight must be contiguous, in ", parameters);
+  if (bias)
+    TORCH_CHECK(bias->is_contiguous() && bias->dtype() == parameters, "bias must be contiguous, in ", parameters);
+}
+
+std::tuple<Tensor, Tensor> mlstm_gates(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight,
+                                       const Tensor& bias, at::IntArrayRef row_offsets) {
+  check(q, k, v, weight, &bias);
+  const Sizes sizes = {q.size(1), weight.size(1) / 2};
+  Tensor igate = at::empty({q.size(0), sizes.heads}, weight.options());
+  Tensor fgate = at::empty({q.size(0), sizes.heads}, weight.options());
+  const auto pieces = row_blocks(row_offsets, kForwardRows);
+  by_stored_type(q, [&](auto stored) {
+    using S = decltype(stored);
+    using T = ComputeType<S>;
+    const auto sources = sources_of<S, const S>(q, k, v);
+    const Gates<T> out = {data<T>(igate), data<T>(fgate)};
+    for_each_task(pieces.size(), [&](int64_t task) {
+      const RowBlock piece = pieces[task];
+      const T* w = data<T>(weight) + piece.group * sizes.weights();
+      const T* b = data<T>(bias) + piece.group * sizes.gates();
+      int64_t n = piece.begin;
+      for (; n + kTileRowsOfGates <= piece.end; n += kTileRowsOfGates)
+        gates_of_rows<S, kTileRowsOfGates>(sizes, sources, n, w, b, out);
+      for (; n < piece.end; ++n) gates_of_rows<S, 1>(sizes, sources, n, w, b, out);
+    });
+  });
+  return {igate, fgate};
+}
+
+// What a task adds up for its rows: [2 H, 3 C] and, behind it, [2 H].
+template <class S>
+void backward_of_piece(const Sizes& sizes, const RowBlock& piece, const Gates<const ComputeType<S>>& dgates,
+                       const Sources<const S>& sources, const ComputeType<S>* weight, const Sources<S>& dsources,
+                       ComputeType<S>* sums) {
+  using T = ComputeType<S>;
+  const int64_t gates = sizes.gates(), channels = sizes.channels;
+  const int64_t copied = std::is_same_v<S, T> ? 0 : kRowsAtATime * channels;
+  Scratch scratch(Scratch::bytes_of<T>(kRowsAtATime * gates) + Scratch::bytes_of<T>(copied));
+  T* const d = scratch.take<T>(kRowsAtATime * gates);
+  T* const copy = scratch.take<T>(copied);
+  std::fill_n(sums, sizes.weights() + gates, T(0));
+  for (int64_t begin = piece.begin; begin < piece.end; begin += kRowsAtATime) {
+    const int64_t rows = std::min(kRowsAtATime, piece.end - begin);
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t p = 0; p < gates; ++p) {
+        d[n * gates + p] = *dgates.at(begin + n, p, sizes.heads);
+        sums[sizes.weights() + p] += d[n * gates + p];
+      }
+    for (int s = 0; s < kSources; ++s) {
+      const T* w = weight + s * channels;
+      T* const dw = sums + s * channels;
+      const S* x = sources[s].start + begin * sources[s].row;
+      S* dx = dsources[s].start + begin * dsources[s].row;
+      if constexpr (std::is_same_v<S, T>) {
+        gemm<T, true>(gates, channels, rows, d, 1, gates, x, sources[s].row, dw, sizes.inputs());
+        gemm<T, false>(rows, channels, gates, d, gates, 1, w, sizes.inputs(), dx, dsources[s].row);
+      } else {
+        for (int64_t n = 0; n < rows; ++n)
+          for_each_vector<T>(channels, [&](int64_t c, auto lanes) {
+            store(copy + n * channels + c, load(x + n * sources[s].row + c, lanes), lanes);
+          });
+        gemm<T, true>(gates, channels, rows, d, 1, gates, copy, channels, dw, sizes.inputs());
+        gemm<T, false>(rows, channels, gates, d, gates, 1, w, sizes.inputs(), copy, channels);
+        for (int64_t n = 0; n < rows; ++n)
+          for_each_vector<T>(channels, [&](int64_t c, auto lanes) {
+            store(dx + n * dsources[s].row + c, load(copy + n * channels + c, lanes), lanes);
+          });
+      }
+    }
+  }
+}
+
+// Gradients of q, k, v, the weight and the bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_gates_backward(const Tensor& digate, const Tensor& dfgate,
+                                                                        const Tensor& q, const Tensor& k,
+                                                                        const Tensor& v, const Tensor& weight,
+                                                                        at::IntArrayRef row_offsets) {
+  check(q, k, v, weight, nullptr);
+  for (const Tensor& d : {digate, dfgate})
+    TORCH_CHECK(d.is_contiguous() && d.dtype() == weight.dtype(), "gates' gradients must be contiguous, as the weight");
+  const Sizes sizes = {q.size(1), weight.size(1) / 2};
+  Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), q.options());
+  Tensor dv = at::empty(q.sizes(), q.options());
+  Tensor dweight = at::zeros(weight.sizes(), weight.options());
+  Tensor dbias = at::zeros({weight.size(0), sizes.gates()}, weight.options());
+  const auto pieces = row_blocks(row_offsets, kBackwardRows);
+  const int64_t of_piece = sizes.weights() + sizes.gates();
+  const Tensor partial = at::empty({static_cast<int64_t>(pieces.size()), of_piece}, weight.options());
+  by_stored_type(q, [&](auto stored) {
+    using S = decltype(stored);
+    using T = ComputeType<S>;
+    const auto sources = sources_of<S, const S>(q, k, v);
+    const auto dsources = sources_of<S, S>(dq, dk, dv);
+    const Gates<const T> dgates = {data<T>(digate), data<T>(dfgate)};
+    for_each_task(pieces.size(), [&](int64_t i) {
+      backward_of_piece<S>(sizes, pieces[i], dgates, sources, data<T>(weight) + pieces[i].group * sizes.weights(),
+                           dsources, data<T>(partial) + i * of_piece);
+    });
+    // One task adds up one gate's row of every group, piece by piece.
+    for_each_task(sizes.gates(), [&](int64_t p) {
+      for (size_t i = 0; i < pieces.size(); ++i) {
+        const int64_t e = pieces[i].group;
+        const T* from = data<T>(partial) + i * of_piece;
+        T* to = data<T>(dweight) + e * sizes.weights() + p * sizes.inputs();
+        for (int64_t c = 0; c < sizes.inputs(); ++c) to[c] += from[p * sizes.inputs() + c];
+        data<T>(dbias)[e * sizes.gates() + p] += from[sizes.weights() + p];
+      }
+    });
+  });
+  return {dq, dk, dv, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moxe, CPU, m) {
+  m.impl("mlstm_gates", &mlstm_gates);
+  m.impl("mlstm_gates_backward", &mlstm_gates_backward);
+}
+
+}  // namespace moxe

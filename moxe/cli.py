@@ -13,24 +13,30 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import moxe
+from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
 from moxe.errors import UserError
+
+if TYPE_CHECKING:
+    from moxe.doctor import Diagnosis
 
 # How long a thread of torch's CPU pool spins for the next task before it sleeps. The library's own value is some 300
 # times longer: alone on the machine that is a few percent faster, beside one busy process several times slower.
 THREAD_SPINS = "1000"
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command: exit code 0, 1 for a failed benchmark or a wrong backend, 2 for bad input, 130 for Ctrl-C."""
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -53,8 +59,10 @@ def _run(argv: Sequence[str]) -> int:
         return int(done.code or 0)
     os.environ.setdefault("GOMP_SPINCOUNT", THREAD_SPINS)  # read once, when torch is loaded
     moxe.register()
-    args.run(args)
-    return 0
+    from moxe.ops.cpu.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    return args.run(args) or 0
 
 
 def train(args: argparse.Namespace) -> None:
@@ -141,6 +149,46 @@ def info(args: argparse.Namespace) -> None:
     print(f"A sequence of any length holds {state:,} bytes of state.")
 
 
+def bench(args: argparse.Namespace) -> int:
+    from moxe.benchmarks.run import run_benchmarks
+
+    if os.environ.get("GOMP_SPINCOUNT") == THREAD_SPINS:
+        del os.environ["GOMP_SPINCOUNT"]  # the measuring processes take the library's own value, as the peers would
+    answered = run_benchmarks(
+        args.questions,
+        args.out,
+        repeats=args.repeats,
+        quick=args.quick,
+        threads=args.threads,
+        compile_peers=args.compile,
+    )
+    return 0 if answered else EXIT_FAILED
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from moxe.doctor import diagnose
+    from moxe.ops.backend import resolve_backend
+
+    found, automatic = diagnose(), resolve_backend("auto", "cpu")
+    if args.json:
+        print_json({"auto": automatic, "backends": [asdict(diagnosis) for diagnosis in found]})
+    else:
+        _print_diagnoses(found, automatic)
+    return 0 if all(diagnosis.is_right for diagnosis in found) else EXIT_FAILED
+
+
+def _print_diagnoses(found: Sequence[Diagnosis], automatic: str) -> None:
+    print("Largest difference from the backend 'reference' in float64, as a part of the largest value:\n")
+    for diagnosis in found:
+        verdict = "" if diagnosis.is_right else "  WRONG"
+        print(f"backend {diagnosis.backend!r} on {diagnosis.device}{verdict}")
+        if diagnosis.unavailable:
+            print(f"  not here: {diagnosis.unavailable}")
+        for name, error in diagnosis.errors.items():
+            print(f"  {name:<17}  {error:.1e}")
+    print(f"\nbackend 'auto' is {automatic!r} on the CPU")
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence instead of printing its usage."""
 
@@ -209,6 +257,8 @@ examples:
   moxe eval runs/default --data corpus.txt              perplexity and bits a byte
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
+  moxe doctor                                           which backends are here, and whether they are right
+  moxe bench training decoding                          speed and memory on this machine, beside other models
 
 `moxe COMMAND --help` says more about a command.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -289,6 +339,31 @@ With --task: perplexity and accuracy of the last word of each text, as LAMBADA m
     sub.add_argument("model", metavar="CHECKPOINT|RECIPE", help="folder of a trained model, or a recipe as for train")
     _add_overrides(sub)
     _add_json(sub)
+
+    sub = command(
+        "doctor",
+        doctor,
+        "say which backends this machine has and check each",
+        """\
+Runs both cells and a small model, outputs and gradients, in float64 on every backend that is here, and prints how far
+they lie from the reference. The backend cpu is compiled first if it has not been.""",
+    )
+    _add_json(sub)
+
+    sub = command(
+        "bench",
+        bench,
+        "measure speed and memory on this machine",
+        "questions:\n" + "\n".join(f"  {name:<10}{question}" for name, question in QUESTIONS.items()),
+    )
+    sub.add_argument("questions", nargs="*", metavar="QUESTION", help="what to measure (default: everything)")
+    sub.add_argument(
+        "--out", type=Path, default=Path("bench-results"), metavar="DIR", help="folder for figures and pictures"
+    )
+    sub.add_argument("--repeats", type=_whole_number(1), metavar="N", help="timed calls of each side")
+    sub.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
+    sub.add_argument("--threads", type=_whole_number(1), metavar="N", help="threads (default: as torch chooses)")
+    sub.add_argument("--compile", action="store_true", help="let the transformers models try torch.compile too")
     return parser, commands.choices
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     {"models"},
     {"moxe"},
     {"data", "evaluation", "observability"},
-    {"recipe", "training"},
+    {"recipe", "training", "benchmarks", "doctor"},
     {"cli"},
 )
 ALLOWED_SIDEWAYS = {"recipe", "training"}

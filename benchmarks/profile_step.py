@@ -1,9 +1,10 @@
 """Where the time of a training step goes, by operation.
 
     python benchmarks/profile_step.py [--backend auto|cpu|torch] [--bf16] [--threads N] [--json FILE]
+    python benchmarks/profile_step.py --device cuda --bf16
 
-The model and batch are those of `moxe bench training`: 18M parameters without embeddings, vocabulary 8,192, B 8, S 256.
-Times are each operation's own, without what it calls.
+Model and batch are by default those of `moxe bench training`: 18M parameters without embeddings, vocabulary 8,192,
+B 8, S 256. Times are each operation's own, without what it calls; on a GPU those of its kernels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ STEPS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, default=30, help="operations to print")
@@ -37,17 +44,26 @@ def main() -> None:
     keep_freed_memory()
 
     torch.manual_seed(0)
-    config = MoxEConfig(vocab_size=8192, hidden_size=256, num_hidden_layers=4, backend=arguments.backend)
+    config = MoxEConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.layers,
+        backend=arguments.backend,
+    )
     model = MoxEForCausalLM(config).train()
+    torch.nn.Module.to(model, arguments.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, config.vocab_size, (8, 256))
+    ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.length), device=arguments.device)
+    on_gpu = ids.is_cuda
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=arguments.bf16):
             loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
 
     for _ in range(2):
         step()
@@ -57,18 +73,22 @@ def main() -> None:
         step()
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
         for _ in range(STEPS):
             step()
 
     milliseconds, calls = Counter(), Counter()
     for event in profiler.key_averages():
-        milliseconds[event.key] += event.self_cpu_time_total / 1e3 / STEPS
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        milliseconds[event.key] += spent / 1e3 / STEPS
         calls[event.key] += event.count // STEPS
     total = sum(milliseconds.values())
     print(
         f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s); {total:.0f} ms under the profiler"
     )
+    if on_gpu:
+        print(f"{torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB at most")
     print(f"{'operation':<52}{'ms':>9}{'share':>8}{'calls':>8}")
     for name, spent in milliseconds.most_common(arguments.rows):
         print(f"{name[:51]:<52}{spent:>9.1f}{spent / total:>8.1%}{calls[name]:>8}")

@@ -90,7 +90,7 @@ def _check_model(backend: str, device: str) -> tuple[list[Tensor], list[Tensor]]
     torch.manual_seed(0)
     config = MoxEConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=2, num_experts=4, backend=backend)
     model = MoxEForCausalLM(config).double().train()
-    model.to(device=device)
+    torch.nn.Module.to(model, device)
     ids = torch.randint(0, 61, (3, 29), generator=torch.Generator().manual_seed(0)).to(device)
     loss = model(ids, labels=ids).loss
     loss.backward()

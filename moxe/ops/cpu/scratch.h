@@ -12,15 +12,9 @@ namespace moxe {
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
-    if (bytes > held().bytes) {
-      std::free(held().memory);
-      held() = {};
-      const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      void* memory = std::aligned_alloc(kAlignment, rounded);
-      if (memory == nullptr) throw std::bad_alloc();
-      held() = {memory, rounded};
-    }
-    next_ = static_cast<char*>(held().memory);
+    Block& block = own_block();
+    if (bytes > block.bytes) block.grow(bytes);
+    next_ = static_cast<char*>(block.memory);
   }
 
   template <class T>
@@ -38,13 +32,28 @@ class Scratch {
 
  private:
   static constexpr int64_t kAlignment = 64;
-  struct Held {
+  // Never copied: it frees its memory when its thread ends.
+  struct Block {
     void* memory = nullptr;
     int64_t bytes = 0;
-    ~Held() { std::free(memory); }
+
+    Block() = default;
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    ~Block() { std::free(memory); }
+
+    void grow(int64_t wanted) {
+      std::free(memory);
+      bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
+      memory = std::aligned_alloc(kAlignment, bytes);
+      if (memory == nullptr) {
+        bytes = 0;
+        throw std::bad_alloc();
+      }
+    }
   };
-  static Held& held() {
-    thread_local Held block;
+  static Block& own_block() {
+    thread_local Block block;
     return block;
   }
   char* next_;

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moxe.models.configuration_moxe import MoxEConfig
-from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.modeling_moxe import LanguageModelHead, MoxEForCausalLM
 from moxe.modules.mlstm import MLSTMBlocks
 from moxe.modules.router import Router
 from moxe.modules.stacks import StackedBlockLinear, StackedConv, StackedLinear
@@ -45,7 +45,7 @@ _BLOCK_KIND = {
 _EXPERT_PARTS = ("mlstm_experts", "slstm_experts", "ffn_experts")
 # The parameters of a module that meet every token of it in a matrix product.
 _MATRICES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
+    LanguageModelHead: ("weight",),
     StackedLinear: ("weight",),
     StackedBlockLinear: ("weight",),
     MLSTMBlocks: ("gate_weight",),

@@ -26,6 +26,7 @@ from moxe.modules.router import Router, RouterOutput
 from moxe.modules.slstm import SLSTMBlocks
 from moxe.modules.stacks import small_init_std
 from moxe.ops.cross_entropy import IGNORED, linear_cross_entropy
+from moxe.ops.grouped_linear import FEW_ROWS, grouped_linear
 from moxe.ops.routing import ExpertRows
 from moxe.ops.segments import Segments
 
@@ -335,6 +336,22 @@ def _continuation(
     return Continuation(sequences, row, continues, is_last, every_row_continues), last_document
 
 
+class LanguageModelHead(nn.Linear):
+    """Logits; a few rows without gradients, as in decoding, by a product that does nothing but read the weights."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, *, backend: str) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.backend = backend
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., V] for hidden [..., D]."""
+        rows = hidden.flatten(0, -2)
+        if torch.is_grad_enabled() or len(rows) > FEW_ROWS:
+            return super().forward(hidden)
+        logits = grouped_linear(rows, self.weight[None], (0, len(rows)), backend=self.backend)
+        return logits.unflatten(0, hidden.shape[:-1])
+
+
 class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     """A MoxE language model.
 
@@ -351,7 +368,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     def __init__(self, config: MoxEConfig) -> None:
         super().__init__(config)
         self.model = MoxEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, backend=config.backend)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -29,8 +29,8 @@ class FeedForwardBlocks(nn.Module):
         self.backend = backend
         self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
         std, out_std = small_init_std(hidden_size), wang_init_std(hidden_size, num_residual_blocks)
-        self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * ffn_size, init_std=std)
-        self.down_proj = StackedLinear(num_blocks, ffn_size, hidden_size, init_std=out_std)
+        self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * ffn_size, init_std=std, backend=backend)
+        self.down_proj = StackedLinear(num_blocks, ffn_size, hidden_size, init_std=out_std, backend=backend)
 
     def forward(self, x: Tensor, segments: Segments, state: None, return_state: bool) -> tuple[Tensor, None]:
         """f(x) [N, D] for x [N, D]; it has no state."""

@@ -47,7 +47,7 @@ class MLSTMBlocks(nn.Module):
         std = small_init_std(hidden_size)
         blocks = (inner_size // qkv_block_size, qkv_block_size, qkv_block_size)
         self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
-        self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * inner_size, init_std=std)
+        self.up_proj = StackedLinear(num_blocks, hidden_size, 2 * inner_size, init_std=std, backend=backend)
         self.conv = StackedConv(num_blocks, inner_size, conv_kernel_size, backend=backend)
         self.q_proj = StackedBlockLinear(num_blocks, *blocks, init_std=std, backend=backend)
         self.k_proj = StackedBlockLinear(num_blocks, *blocks, init_std=std, backend=backend)
@@ -58,7 +58,7 @@ class MLSTMBlocks(nn.Module):
         self.head_norm = StackedLayerNorm(num_blocks, inner_size, eps=norm_eps, heads=num_heads, backend=backend)
         self.skip = nn.Parameter(torch.empty(num_blocks, inner_size))
         out_std = wang_init_std(hidden_size, num_residual_blocks)
-        self.down_proj = StackedLinear(num_blocks, inner_size, hidden_size, init_std=out_std)
+        self.down_proj = StackedLinear(num_blocks, inner_size, hidden_size, init_std=out_std, backend=backend)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -34,9 +34,9 @@ def wang_init_std(dim: int, num_blocks: int) -> float:
 class StackedLinear(nn.Module):
     """y = x W^T, [N, I] -> [N, O]; weight [E, O, I]."""
 
-    def __init__(self, num_blocks: int, in_size: int, out_size: int, *, init_std: float) -> None:
+    def __init__(self, num_blocks: int, in_size: int, out_size: int, *, init_std: float, backend: str) -> None:
         super().__init__()
-        self.init_std = init_std
+        self.init_std, self.backend = init_std, backend
         self.weight = nn.Parameter(torch.empty(num_blocks, out_size, in_size))
         self.reset_parameters()
 
@@ -44,7 +44,7 @@ class StackedLinear(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        return grouped_linear(x, self.weight, segments.row_offsets)
+        return grouped_linear(x, self.weight, segments.row_offsets, backend=self.backend)
 
 
 class StackedBlockLinear(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moxe.ops.backend import core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, core_dtype, resolve_backend
 from moxe.ops.segments import Segments
 
 
@@ -83,7 +83,7 @@ def _convolve_by_shift(
     start_row = segments.cu_seqlens[:-1] + torch.arange(segments.num_segments) * before
     state_row = (start_row[:, None] + torch.arange(before)).to(x.device)
     row_offsets = [r + g * before for r, g in zip(segments.row_offsets, segments.group_offsets, strict=True)]
-    y = _CausalConv.apply(x, weight, bias, initial_state, token_row, state_row, row_offsets)
+    y = apply_function(_CausalConv, x, weight, bias, initial_state, token_row, state_row, row_offsets)
     if not return_final_state:
         return y, None
     with torch.no_grad():
@@ -152,7 +152,7 @@ def _convolve_where_they_lie(
     x = x if x.stride(1) == 1 else x.contiguous()
     weight, bias = weight.to(core_dtype(x)).contiguous(), bias.to(core_dtype(x)).contiguous()
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-    y = _CausalConvCpu.apply(x, weight, bias, state, segments.cu_seqlens, segments.group_offsets, silu)
+    y = apply_function(_CausalConvCpu, x, weight, bias, state, segments.cu_seqlens, segments.group_offsets, silu)
     if not return_final_state:
         return y, None
     with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moxe.ops.backend import autocast_dtype, core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, autocast_dtype, core_dtype, resolve_backend
 from moxe.ops.norm import check_channels, head_norm, stacked_scale
 
 
@@ -34,7 +34,7 @@ def gated_silu(x: Tensor, *, backend: str = "auto") -> Tensor:
     if x.ndim != 2 or x.shape[1] % 2:
         raise ValueError(f"x must be [N, 2 F], got {tuple(x.shape)}")
     if resolve_backend(backend, x.device.type) == "cpu":
-        return _GatedSiLU.apply(x)
+        return apply_function(_GatedSiLU, x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -76,7 +76,9 @@ def mlstm_output(
         stored = reduce(torch.promote_types, (h.dtype, convolved.dtype, gate.dtype))
         h, convolved, gate = h.to(stored), convolved.to(stored), gate.to(stored)
         parameters = norm_weight.to(core_dtype(h)), skip.to(core_dtype(h))
-        return _MLSTMOutput.apply(h, convolved, gate, *parameters, tuple(row_offsets), heads, eps, autocast_dtype(h))
+        return apply_function(
+            _MLSTMOutput, h, convolved, gate, *parameters, tuple(row_offsets), heads, eps, autocast_dtype(h)
+        )
     normed = stacked_scale(head_norm(h, heads, eps), norm_weight, row_offsets)
     return (normed + stacked_scale(convolved, skip, row_offsets)) * F.silu(gate)
 

@@ -1,6 +1,7 @@
-// Block-diagonal products of packed rows; `cpu/block_linear.h` says how they are computed.
+// Block-diagonal products of packed rows; `cpu/block_linear.h` says how they are computed. And full products of a few
+// rows, as in decoding, where reading the weights is all that takes time: each is read once, as it is stored.
 //
-// Legend: N rows, E groups, Q blocks, I inputs and O outputs of a block.
+// Legend: N rows, E groups, Q blocks, I inputs and O outputs of a block (or of a full product).
 
 #include "cpu/block_linear.h"
 
@@ -53,9 +54,63 @@ std::tuple<Tensor, Tensor> grouped_block_linear_backward(const Tensor& dy, const
   return {dx, dweight};
 }
 
+// Outputs that one task computes, and those that share a read of x.
+constexpr int64_t kOutputsOfTask = 128;
+constexpr int kOutputsAtOnce = 4;
+
+// y[o] = <x, weight[o]> for kCount outputs; weights may be stored narrower than x.
+template <class T, class W, int kCount, class S>
+void dot_products(int64_t inputs, const T* x, const W* weight, S* y) {
+  Vector<T> total[kCount] = {};
+  for_each_vector<T>(inputs, [&](int64_t c, auto lanes) {
+    const Vector<T> xs = load(x + c, lanes);
+    for (int o = 0; o < kCount; ++o) total[o] += load(weight + o * inputs + c, lanes) * xs;
+  });
+  for (int o = 0; o < kCount; ++o) y[o] = narrow<S>(sum(total[o]));
+}
+
+// x [N, I] in the type of computation, weight [E, O, I], y [N, O] stored as S.
+template <class W, class S, class T = ComputeType<S>>
+void few_rows(const Tensor& x, const Tensor& weight, at::IntArrayRef row_offsets, const Tensor& y) {
+  const int64_t outputs = weight.size(1), inputs = weight.size(2);
+  const int64_t blocks = (outputs + kOutputsOfTask - 1) / kOutputsOfTask;
+  const auto rows = row_blocks(row_offsets, 1);
+  for_each_task(static_cast<int64_t>(rows.size()) * blocks, [&](int64_t task) {
+    const auto& [group, row, end] = rows[task / blocks];
+    const T* const from = data<const T>(x) + row * inputs;
+    const W* const weights = data<const W>(weight) + group * outputs * inputs;
+    S* const to = data<S>(y) + row * outputs;
+    int64_t o = task % blocks * kOutputsOfTask;
+    const int64_t last = std::min(o + kOutputsOfTask, outputs);
+    for (; o + kOutputsAtOnce <= last; o += kOutputsAtOnce)
+      dot_products<T, W, kOutputsAtOnce>(inputs, from, weights + o * inputs, to + o);
+    for (; o < last; ++o) dot_products<T, W, 1>(inputs, from, weights + o * inputs, to + o);
+  });
+}
+
+Tensor few_rows_linear(const Tensor& x, const Tensor& weight, at::IntArrayRef row_offsets) {
+  TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
+  Tensor y = at::empty({x.size(0), weight.size(1)}, x.options());
+  const Tensor rows = x.to(core_options(x)).contiguous();
+  by_stored_type(x, [&](auto stored) {
+    using S = decltype(stored);
+    if constexpr (std::is_same_v<S, double>) {
+      TORCH_CHECK(weight.scalar_type() == at::kDouble, "weight must be float64 as x is");
+      few_rows<double, S>(rows, weight, row_offsets, y);
+    } else if (weight.scalar_type() == at::kBFloat16) {
+      few_rows<BFloat16, S>(rows, weight, row_offsets, y);
+    } else {
+      TORCH_CHECK(weight.scalar_type() == at::kFloat, "weight must be float32 or bfloat16");
+      few_rows<float, S>(rows, weight, row_offsets, y);
+    }
+  });
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moxe, CPU, m) {
+  m.impl("few_rows_linear", &few_rows_linear);
   m.impl("grouped_block_linear", &grouped_block_linear);
   m.impl("grouped_block_linear_backward", &grouped_block_linear_backward);
 }

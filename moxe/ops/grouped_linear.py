@@ -16,18 +16,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moxe.ops.backend import core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, core_dtype, resolve_backend
+
+# At most so many rows go through products that do nothing but read the weights; more are worth a matrix product.
+FEW_ROWS = 8
 
 
-def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, backend: str = "auto") -> Tensor:
     """y[rows of e] = x[rows of e] @ weight[e].T for x [N, I] and weight [E, O, I] -> [N, O].
 
+    Args:
+        backend: `cpu` for C++ where there are few rows and no gradients; every other one uses torch.
+
     Raises:
-        ValueError: for shapes that do not agree.
+        ValueError: for shapes that do not agree or an unknown backend.
     """
     if weight.ndim != 3 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], weight.shape[2]):
         raise ValueError(f"x must be [N, I] and weight [E, O, I] {_sizes(x, weight, row_offsets)}")
-    return _GroupedLinear.apply(*_autocast(x, weight), tuple(row_offsets))
+    is_cpu = resolve_backend(backend, x.device.type) == "cpu"
+    if is_cpu and len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        return torch.ops.moxe.few_rows_linear(x, weight, row_offsets)
+    return apply_function(_GroupedLinear, *_autocast(x, weight), tuple(row_offsets))
 
 
 def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, backend: str = "auto") -> Tensor:
@@ -43,8 +52,8 @@ def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], 
         raise ValueError(f"x must be [N, Q, I] and weight [E, Q, I, O] {_sizes(x, weight, row_offsets)}")
     if resolve_backend(backend, x.device.type) == "cpu":
         x, _ = _autocast(x, weight)
-        return _GroupedBlockLinearCpu.apply(x, weight.to(core_dtype(x)), tuple(row_offsets))
-    return _GroupedBlockLinear.apply(*_autocast(x, weight), tuple(row_offsets))
+        return apply_function(_GroupedBlockLinearCpu, x, weight.to(core_dtype(x)), tuple(row_offsets))
+    return apply_function(_GroupedBlockLinear, *_autocast(x, weight), tuple(row_offsets))
 
 
 def _sizes(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> str:
@@ -137,10 +146,16 @@ class _GroupedBlockLinearCpu(torch.autograd.Function):
 
 
 torch.library.define("moxe::grouped_block_linear", "(Tensor x, Tensor weight, int[] row_offsets) -> Tensor")
+torch.library.define("moxe::few_rows_linear", "(Tensor x, Tensor weight, int[] row_offsets) -> Tensor")
 torch.library.define(
     "moxe::grouped_block_linear_backward",
     "(Tensor dy, Tensor x, Tensor weight, int[] row_offsets, bool needs_dx, bool needs_dweight) -> (Tensor, Tensor)",
 )
+
+
+@torch.library.register_fake("moxe::few_rows_linear")
+def _(x, weight, row_offsets):
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("moxe::grouped_block_linear")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moxe.ops.backend import autocast_dtype, core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, autocast_dtype, core_dtype, resolve_backend
 
 
 def stacked_layer_norm(
@@ -38,7 +38,7 @@ def stacked_layer_norm(
     check_channels(x, weight, row_offsets, heads)
     if resolve_backend(backend, x.device.type) == "cpu":
         dtype = autocast_dtype(x)
-        return _StackedLayerNorm.apply(x, weight.to(core_dtype(x)), tuple(row_offsets), heads, eps, dtype)
+        return apply_function(_StackedLayerNorm, x, weight.to(core_dtype(x)), tuple(row_offsets), heads, eps, dtype)
     return stacked_scale(head_norm(x, heads, eps), weight, row_offsets)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moxe.ops.backend import autocast_dtype, core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, autocast_dtype, core_dtype, resolve_backend
 from moxe.ops.segments import Segments
 
 
@@ -91,7 +91,7 @@ def dispatch(x: Tensor, assignments: Assignments, *, backend: str = "auto") -> T
     """
     chosen = resolve_backend(backend, x.device.type)
     a = assignments
-    return _Dispatch.apply(x, a.token_of_row, a.row_of_slot, a.experts_per_token, chosen)
+    return apply_function(_Dispatch, x, a.token_of_row, a.row_of_slot, a.experts_per_token, chosen)
 
 
 def combine(
@@ -124,8 +124,8 @@ def combine(
         if residual is not None:
             dtype = torch.promote_types(residual.dtype, y.dtype)
             residual = residual.to(dtype)
-        return _Combine.apply(y, weights.to(core_dtype(y)), residual, assignments.row_of_slot, dtype)
-    of_slot = _Permute.apply(y, assignments.row_of_slot)
+        return apply_function(_Combine, y, weights.to(core_dtype(y)), residual, assignments.row_of_slot, dtype)
+    of_slot = apply_function(_Permute, y, assignments.row_of_slot)
     combined = torch.einsum("nk,nkd->nd", weights.to(y.dtype), of_slot.unflatten(0, weights.shape))
     return combined if residual is None else residual + combined
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moxe.ops.cpu import build
-from moxe.ops.grouped_linear import grouped_block_linear, grouped_linear
+from moxe.ops.grouped_linear import FEW_ROWS, grouped_block_linear, grouped_linear
 from tests.oracles import grouped_block_linear_by_loop, grouped_linear_by_loop
 from tests.tolerances import assert_close
 
@@ -231,3 +231,28 @@ def test_meta_tensors_pass_through(name: str):
     assert y.device.type == "meta"
     assert y.shape == product.op(x, weight, row_offsets).shape
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row_offsets", [(0, 1), (0, 0, 3, 3, 4), (0, FEW_ROWS), (0, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_few_rows_without_gradients_give_what_many_rows_do(
+    row_offsets: tuple[int, ...], weight_dtype: torch.dtype, backend: str
+):
+    """The weights are read as they are stored; x and y may be bfloat16 as well."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(len(row_offsets) - 1, 133, 37, generator=generator, dtype=torch.float64).to(weight_dtype)
+    x = torch.randn(row_offsets[-1], 37, generator=generator, dtype=torch.float64).to(weight_dtype)
+    expected = grouped_linear(x.double(), weight.double(), row_offsets, backend="torch")
+    with torch.no_grad():
+        y = grouped_linear(x, weight, row_offsets, backend=backend)
+    assert y.dtype == weight_dtype
+    assert_close(y, expected, "grouped_linear")
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_with_gradients_a_few_rows_have_them(backend: str):
+    weight, x = torch.randn(1, 5, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    grouped_linear(x, weight, (0, 2), backend=backend).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is not None

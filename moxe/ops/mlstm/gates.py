@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moxe.ops.backend import core_dtype, resolve_backend, without_autocast
+from moxe.ops.backend import apply_function, core_dtype, resolve_backend, without_autocast
 from moxe.ops.grouped_linear import grouped_linear
 
 
@@ -51,9 +51,9 @@ def mlstm_gates(
             # Rows of one precision, and float64 if and only if the parameters are.
             stored = q.dtype if q.dtype == k.dtype == v.dtype and core_dtype(q) == dtype else dtype
             rows = (x.to(stored) for x in (q, k, v))
-            return _MLSTMGatesCpu.apply(*rows, weight, bias, tuple(row_offsets))
+            return apply_function(_MLSTMGatesCpu, *rows, weight, bias, tuple(row_offsets))
         sources = zip((q, k, v), weight.chunk(3, dim=-1), strict=True)
-        products = [grouped_linear(x.to(dtype), w, row_offsets) for x, w in sources]
+        products = [grouped_linear(x.to(dtype), w, row_offsets, backend=backend) for x, w in sources]
         sizes = [end - begin for begin, end in pairwise(row_offsets)]
         by_group = (products[0] + products[1] + products[2]).split(sizes)
         gates = torch.cat([rows + own for rows, own in zip(by_group, bias.unbind(0), strict=True)])

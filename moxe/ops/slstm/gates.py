@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moxe.ops.backend import core_dtype, resolve_backend
+from moxe.ops.backend import apply_function, core_dtype, resolve_backend
 from moxe.ops.grouped_linear import grouped_block_linear
 
 
@@ -49,7 +49,7 @@ def slstm_gates(
         stored = torch.promote_types(convolved.dtype, normed.dtype)
         convolved, normed = convolved.to(stored), normed.to(stored)
         parameters = (x.to(core_dtype(normed)) for x in (if_weight, zo_weight, bias))
-        gates = _SLSTMGatesCpu.apply(convolved, normed, *parameters, tuple(row_offsets))
+        gates = apply_function(_SLSTMGatesCpu, convolved, normed, *parameters, tuple(row_offsets))
         return gates.to(torch.promote_types(stored, bias.dtype))
     halves = [
         grouped_block_linear(rows.unflatten(-1, (heads, size)), weight, row_offsets, backend=backend)

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--time-only", action="store_true", help="no profile, which is slow where kernels are many")
     parser.add_argument("--rows", type=int, default=30, help="operations to print")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -73,6 +74,11 @@ def main() -> None:
         step()
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
+    print(f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s)")
+    if on_gpu:
+        print(f"{torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB at most")
+    if arguments.time_only:
+        return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         for _ in range(STEPS):
@@ -84,11 +90,7 @@ def main() -> None:
         milliseconds[event.key] += spent / 1e3 / STEPS
         calls[event.key] += event.count // STEPS
     total = sum(milliseconds.values())
-    print(
-        f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s); {total:.0f} ms under the profiler"
-    )
-    if on_gpu:
-        print(f"{torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB at most")
+    print(f"under the profiler {total:.0f} ms")
     print(f"{'operation':<52}{'ms':>9}{'share':>8}{'calls':>8}")
     for name, spent in milliseconds.most_common(arguments.rows):
         print(f"{name[:51]:<52}{spent:>9.1f}{spent / total:>8.1%}{calls[name]:>8}")

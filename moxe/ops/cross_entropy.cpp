@@ -58,6 +58,12 @@ T loss_of_row(S* row, int64_t count, int64_t target, bool wants_gradient) {
 Tensor softmax_cross_entropy_(const Tensor& logits, const Tensor& targets, bool wants_gradient) {
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   TORCH_CHECK(logits.is_contiguous() && targets.is_contiguous(), "logits and targets must be contiguous");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.numel() == rows, "targets must be one int64 a row");
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t target = data<const int64_t>(targets)[r];
+    TORCH_CHECK(target == kIgnored || (target >= 0 && target < vocabulary), "target ", target,
+                " is outside the vocabulary: ids run from 0 to ", vocabulary - 1);
+  }
   Tensor losses = at::empty({rows}, core_options(logits));
   by_stored_type(logits, [&](auto stored) {
     using S = decltype(stored);

@@ -24,7 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     Args:
         hidden: [N, D]. Under autocast the products run in its dtype; the softmax is float32 at least.
         weight: [V, D].
-        targets: [N] int64.
+        targets: [N] whole numbers.
         backend: `cpu` for the softmax in C++; every other one uses torch.
     """
     device = hidden.device.type
@@ -32,7 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     if not torch.is_grad_enabled():  # inside a Function it would not be seen, and gradients computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
     through_rows = _through_rows_in_cpp if resolve_backend(backend, device) == "cpu" else _through_rows
-    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, through_rows)
+    return _LinearCrossEntropy.apply(hidden, weight, targets.long().contiguous(), dtype, through_rows)
 
 
 def _through_rows(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:

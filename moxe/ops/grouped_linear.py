@@ -35,7 +35,7 @@ def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, bac
         raise ValueError(f"x must be [N, I] and weight [E, O, I] {_sizes(x, weight, row_offsets)}")
     is_cpu = resolve_backend(backend, x.device.type) == "cpu"
     if is_cpu and len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.moxe.few_rows_linear(x, weight, row_offsets)
+        return torch.ops.moxe.few_rows_linear(x, weight.contiguous(), row_offsets)
     return apply_function(_GroupedLinear, *_autocast(x, weight), tuple(row_offsets))
 
 

@@ -42,6 +42,7 @@ class Segments:
             )
         if cu[0] != 0 or bool((cu[1:] < cu[:-1]).any()):
             raise ValueError(f"cu_seqlens must start at 0 and never decrease, got {cu.tolist()}")
+        object.__setattr__(self, "cu_seqlens", cu.contiguous())
         if not self.group_offsets:
             object.__setattr__(self, "group_offsets", (0, len(cu) - 1))
         offsets = self.group_offsets

@@ -81,3 +81,17 @@ def test_without_gradients_none_is_computed(backend: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "zeros_like", refuse)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, targets, backend=backend) == expected
+
+
+def test_targets_may_be_any_whole_numbers(backend: str) -> None:
+    hidden, weight, targets = problem(9)
+    expected = linear_cross_entropy(hidden, weight, targets, backend=backend)
+    assert linear_cross_entropy(hidden, weight, targets.int(), backend=backend) == expected
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY])
+def test_a_target_outside_the_vocabulary_is_refused(backend: str, wrong: int) -> None:
+    hidden, weight, targets = problem(9)
+    targets[5] = wrong
+    with pytest.raises(RuntimeError, match=r"out of bounds|outside the vocabulary"):
+        linear_cross_entropy(hidden, weight, targets, backend=backend)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch.utils import cpp_extension
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +68,26 @@ def sources() -> list[Path]:
 
 
 def _load() -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise CompilationError(f"backend 'cpu' needs a C++ compiler and none was found: {_HOW_TO_GET_ONE}")
-    library = cache_folder() / f"moxe-ops-{_fingerprint(compiler)}.so"
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{library}.lock"):
-            if not library.exists():
-                logger.warning("compiling the C++ ops into %s (once, under a minute)", library)
-                _compile(compiler, library)
+        library = cache_folder() / f"moxe-ops-{_fingerprint(compiler)}.so"
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            _compile_once(compiler, library)
         torch.ops.load_library(str(library))
-    except OSError as error:
-        raise CompilationError(f"backend 'cpu': the library {library} can not be written or loaded: {error}") from error
+    except CompilationError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder, or no locks on this file system
+        raise CompilationError(f"backend 'cpu': its library can not be written or loaded: {error}") from error
+
+
+def _compile_once(compiler: str, library: Path) -> None:
+    with FileLock(f"{library}.lock"):
+        if not library.exists():
+            logger.warning("compiling the C++ ops into %s (once, under a minute)", library)
+            _compile(compiler, library)
 
 
 def _fingerprint(compiler: str) -> str:
@@ -107,6 +113,8 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    from torch.utils import cpp_extension  # needs setuptools, which only those who compile must have
+
     includes = [f"-I{folder}" for folder in (_OPS, *cpp_extension.include_paths())]
     torch_libraries = [Path(folder) for folder in cpp_extension.library_paths()]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -130,7 +138,7 @@ def _compile(compiler: str, library: Path) -> None:
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise CompilationError(f"backend 'cpu': there is no compiler {command[0]!r}: {_HOW_TO_GET_ONE}") from None
     except subprocess.CalledProcessError as error:
         first_error = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr[-300:])

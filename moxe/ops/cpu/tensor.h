@@ -44,7 +44,8 @@ inline auto by_stored_type(const Tensor& x, const F& body) {
     case at::kDouble: return body(double{});
     case at::kFloat: return body(float{});
     case at::kBFloat16: return body(BFloat16{});
-    default: TORCH_CHECK(false, "backend 'cpu' knows float64, float32 and bfloat16, not ", x.scalar_type());
+    default: TORCH_CHECK(false, "backend 'cpu' knows float64, float32 and bfloat16, not ", x.scalar_type(),
+                          ": use backend 'torch'");
   }
 }
 
@@ -61,7 +62,8 @@ inline auto by_stored_types(const Tensor& x, at::ScalarType result, const F& bod
   switch (x.scalar_type()) {
     case at::kFloat: return narrow ? body(float{}, BFloat16{}) : body(float{}, float{});
     case at::kBFloat16: return narrow ? body(BFloat16{}, BFloat16{}) : body(BFloat16{}, float{});
-    default: TORCH_CHECK(false, "backend 'cpu' knows float64, float32 and bfloat16, not ", x.scalar_type());
+    default: TORCH_CHECK(false, "backend 'cpu' knows float64, float32 and bfloat16, not ", x.scalar_type(),
+                          ": use backend 'torch'");
   }
 }
 

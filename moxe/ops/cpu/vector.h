@@ -211,7 +211,7 @@ inline Vector<double> tanh(Vector<double> x) {
   return by_lane(x, [](double y) { return std::tanh(y); });
 }
 
-// e^x within 2 units in the last place; 0 below -87.3 (where float has no normal number), infinity above 88.7.
+// e^x within 2 units in the last place; 0 below -87.3 (where float has no normal number), infinity above 88.3.
 inline Vector<float> exp(Vector<float> x) {
   using V = Vector<float>;
   const V lowest = fill(-87.3f), highest = fill(88.7f);

@@ -93,3 +93,14 @@ def test_a_cache_that_can_not_be_written_is_named(folder: Path, monkeypatch: pyt
     monkeypatch.setenv("MOXE_CACHE", str(folder / "file"))
     assert f"{folder / 'file'}" in build.why_unavailable()
     assert "can not be written" in build.why_unavailable()
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_library_that_is_there_needs_no_writable_cache(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch):
+    assert build.why_unavailable() is None
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a lock was asked for")
+
+    monkeypatch.setattr(build, "FileLock", refuse)
+    assert build.why_unavailable() is None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections import Counter
@@ -37,12 +38,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 products by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--default-allocator", action="store_true", help="memory may go back to the system every step")
     parser.add_argument("--time-only", action="store_true", help="no profile, which is slow where kernels are many")
     parser.add_argument("--rows", type=int, default=30, help="operations to print")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    if not arguments.default_allocator:
+        keep_freed_memory()
 
     torch.manual_seed(0)
     config = MoxEConfig(
@@ -69,12 +72,14 @@ def main() -> None:
     for _ in range(2):
         step()
     seconds = []
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
     median = statistics.median(seconds)
-    print(f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s)")
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) // len(seconds)
+    print(f"a step takes {median * 1e3:.0f} ms ({ids.numel() / median:,.0f} tokens/s), {faults:,} page faults")
     if on_gpu:
         print(f"{torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB at most")
     if arguments.time_only:

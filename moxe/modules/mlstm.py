@@ -22,7 +22,7 @@ from moxe.modules.stacks import (
 )
 from moxe.ops.gating import mlstm_output
 from moxe.ops.mlstm import MLSTMState, mlstm
-from moxe.ops.mlstm.gates import mlstm_gates
+from moxe.ops.mlstm.projections import mlstm_projections
 from moxe.ops.segments import Segments
 
 
@@ -43,7 +43,7 @@ class MLSTMBlocks(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        self.num_heads, self.qkv_block_size, self.backend = num_heads, qkv_block_size, backend
+        self.num_heads, self.backend = num_heads, backend
         std = small_init_std(hidden_size)
         blocks = (inner_size // qkv_block_size, qkv_block_size, qkv_block_size)
         self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
@@ -77,15 +77,19 @@ class MLSTMBlocks(nn.Module):
 
         A state holds conv [G, T - 1, I], c [G, H, Dh, Dh], n [G, H, Dh] and m [G, H].
         """
-        heads, block = self.num_heads, self.qkv_block_size
+        heads = self.num_heads
         branch, gate = self.up_proj(self.norm(x, segments), segments).chunk(2, dim=-1)
         convolved, conv_state = self.conv(branch, segments, state["conv"] if state else None, return_state)
-        by_block = convolved.unflatten(-1, (-1, block))
-        q = self.q_proj(by_block, segments).flatten(1)
-        k = self.k_proj(by_block, segments).flatten(1)
-        v = self.v_proj(branch.unflatten(-1, (-1, block)), segments).flatten(1)
-        igate, fgate = mlstm_gates(
-            q, k, v, self.gate_weight, self.gate_bias, segments.row_offsets, backend=self.backend
+        q, k, v, igate, fgate = mlstm_projections(
+            convolved,
+            branch,
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            self.gate_weight,
+            self.gate_bias,
+            segments.row_offsets,
+            backend=self.backend,
         )
         h, cell_state = mlstm(
             q.unflatten(-1, (heads, -1)),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moxe.ops.backend import core_dtype, resolve_backend
+from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, matrix_dtype, multiplies_in_cpp
 
 IGNORED = -100
 # Entries of logits that are held at a time: about what a last-level cache holds in float32.
@@ -25,14 +26,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
         hidden: [N, D]. Under autocast the products run in its dtype; the softmax is float32 at least.
         weight: [V, D].
         targets: [N] whole numbers.
-        backend: `cpu` for the softmax in C++; every other one uses torch.
+        backend: `auto` or one of `moxe.ops.backend.BACKENDS`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if not torch.is_grad_enabled():  # inside a Function it would not be seen, and gradients computed for nothing
         hidden, weight = hidden.detach(), weight.detach()
     through_rows = _through_rows_in_cpp if resolve_backend(backend, device) == "cpu" else _through_rows
-    return _LinearCrossEntropy.apply(hidden, weight, targets.long().contiguous(), dtype, through_rows)
+    in_cpp = multiplies_in_cpp(backend, device, dtype, *weight.shape)
+    return _LinearCrossEntropy.apply(hidden, weight, targets.long().contiguous(), dtype, through_rows, in_cpp)
 
 
 def _through_rows(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -55,31 +57,35 @@ def _through_rows_in_cpp(logits: Tensor, targets: Tensor, wants_gradient: bool) 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, through_rows) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, through_rows, in_cpp: bool
+    ) -> Tensor:
         needs_dhidden, needs_dweight, *_ = ctx.needs_input_grad
+        matrix = weight.to(matrix_dtype(dtype, in_cpp))[None]
         dhidden = torch.zeros_like(hidden) if needs_dhidden else None
-        dweight = torch.zeros_like(weight) if needs_dweight else None
+        dmatrix = torch.zeros_like(matrix, dtype=core_dtype(matrix)) if needs_dweight else None
         loss = hidden.new_zeros((), dtype=core_dtype(hidden))
-        matrix = weight.to(dtype)
         rows_at_once = max(1, _ENTRIES_AT_ONCE // len(weight))
         for begin in range(0, len(hidden), rows_at_once):
             rows = slice(begin, begin + rows_at_once)
             x = hidden[rows].to(dtype)
-            loss_of_rows, dlogits = through_rows(x @ matrix.T, targets[rows], needs_dhidden or needs_dweight)
+            all_rows = (0, len(x))
+            logits = grouped_matmul(x, matrix, all_rows, in_cpp=in_cpp)
+            loss_of_rows, dlogits = through_rows(logits, targets[rows], needs_dhidden or needs_dweight)
             loss += loss_of_rows
             if dhidden is not None:
-                dhidden[rows] = (dlogits @ matrix).to(hidden.dtype)
-            if dweight is not None and dweight.dtype == dtype:
-                dweight.addmm_(dlogits.T, x)
-            elif dweight is not None:
-                dweight += dlogits.T @ x
-        ctx.save_for_backward(dhidden, dweight)
+                dhidden[rows] = grouped_matmul(dlogits, matrix, all_rows, transposed=True, in_cpp=in_cpp)
+            if dmatrix is not None and dmatrix.dtype == matrix.dtype:
+                grouped_outer_(dlogits, x, all_rows, dmatrix, add=True, in_cpp=in_cpp)
+            elif dmatrix is not None:
+                dmatrix += grouped_outer_(dlogits, x, all_rows, torch.empty_like(matrix), in_cpp=in_cpp)
+        ctx.save_for_backward(dhidden, None if dmatrix is None else dmatrix[0].to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         dhidden, dweight = (grad if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return dhidden, dweight, None, None, None
+        return dhidden, dweight, None, None, None, None
 
 
 # Implemented in cross_entropy.cpp; overwrites the logits with their gradient.

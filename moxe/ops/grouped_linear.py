@@ -10,13 +10,13 @@ C++ (`grouped_linear.cpp`) store rows in it, and leave the weights and the sums 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moxe.ops.backend import apply_function, core_dtype, resolve_backend
+from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, groups_with_rows, matrix_dtype, multiplies_in_cpp
 
 # At most so many rows go through products that do nothing but read the weights; more are worth a matrix product.
 FEW_ROWS = 8
@@ -26,7 +26,7 @@ def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, bac
     """y[rows of e] = x[rows of e] @ weight[e].T for x [N, I] and weight [E, O, I] -> [N, O].
 
     Args:
-        backend: `cpu` for C++ where there are few rows and no gradients; every other one uses torch.
+        backend: `auto` or one of `moxe.ops.backend.BACKENDS`.
 
     Raises:
         ValueError: for shapes that do not agree or an unknown backend.
@@ -36,7 +36,9 @@ def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, bac
     is_cpu = resolve_backend(backend, x.device.type) == "cpu"
     if is_cpu and len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return torch.ops.moxe.few_rows_linear(x, weight.contiguous(), row_offsets)
-    return apply_function(_GroupedLinear, *_autocast(x, weight), tuple(row_offsets))
+    x = _autocast(x)
+    in_cpp = multiplies_in_cpp(backend, x.device.type, x.dtype, *weight.shape[1:])
+    return apply_function(_GroupedLinear, x, weight, tuple(row_offsets), in_cpp)
 
 
 def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, backend: str = "auto") -> Tensor:
@@ -51,9 +53,10 @@ def grouped_block_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], 
     if weight.ndim != 4 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], *weight.shape[1:3]):
         raise ValueError(f"x must be [N, Q, I] and weight [E, Q, I, O] {_sizes(x, weight, row_offsets)}")
     if resolve_backend(backend, x.device.type) == "cpu":
-        x, _ = _autocast(x, weight)
+        x = _autocast(x)
         return apply_function(_GroupedBlockLinearCpu, x, weight.to(core_dtype(x)), tuple(row_offsets))
-    return apply_function(_GroupedBlockLinear, *_autocast(x, weight), tuple(row_offsets))
+    x = _autocast(x)
+    return apply_function(_GroupedBlockLinear, x, weight.to(x.dtype), tuple(row_offsets))
 
 
 def _sizes(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> str:
@@ -61,42 +64,32 @@ def _sizes(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> str:
     return f"with N={rows} rows and E={groups} groups, got {tuple(x.shape)}, {tuple(weight.shape)}"
 
 
-def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype)
-
-
-def _groups(row_offsets: tuple[int, ...]) -> list[tuple[int, slice]]:
-    bounds = pairwise(row_offsets)
-    return [(e, slice(start, end)) for e, (start, end) in enumerate(bounds) if end > start]
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, row_offsets: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.row_offsets = row_offsets
-        y = x.new_empty(len(x), weight.shape[1])
-        for e, rows in _groups(row_offsets):
-            torch.mm(x[rows], weight[e].T, out=y[rows])
-        return y
+    def forward(ctx, x: Tensor, weight: Tensor, row_offsets: tuple[int, ...], in_cpp: bool) -> Tensor:
+        matrix = weight.to(matrix_dtype(x.dtype, in_cpp))
+        ctx.save_for_backward(x, matrix)
+        ctx.weight_dtype, ctx.row_offsets, ctx.in_cpp = weight.dtype, row_offsets, in_cpp
+        return grouped_matmul(x, matrix, row_offsets, in_cpp=in_cpp)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        dx = torch.empty_like(x) if needs_dx else None
-        dweight = torch.zeros_like(weight) if needs_dweight else None
-        for e, rows in _groups(ctx.row_offsets):
-            if dx is not None:
-                torch.mm(dy[rows], weight[e], out=dx[rows])
-            if dweight is not None:
-                torch.mm(dy[rows].T, x[rows], out=dweight[e])
-        return dx, dweight, None
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, matrix = ctx.saved_tensors
+        row_offsets, in_cpp = ctx.row_offsets, ctx.in_cpp
+        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+        dx = grouped_matmul(dy, matrix, row_offsets, transposed=True, in_cpp=in_cpp) if needs_dx else None
+        if not needs_dweight:
+            return dx, None, None, None
+        dweight = grouped_outer_(dy, x, row_offsets, torch.empty_like(matrix), in_cpp=in_cpp)
+        return dx, dweight.to(ctx.weight_dtype), None, None
 
 
 class _GroupedBlockLinear(torch.autograd.Function):
@@ -105,7 +98,7 @@ class _GroupedBlockLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.row_offsets = row_offsets
         y = x.new_empty(*x.shape[:2], weight.shape[3])
-        for e, rows in _groups(row_offsets):
+        for e, rows in groups_with_rows(row_offsets):
             y[rows] = torch.bmm(x[rows].transpose(0, 1), weight[e]).transpose(0, 1)
         return y
 
@@ -115,7 +108,7 @@ class _GroupedBlockLinear(torch.autograd.Function):
         needs_dx, needs_dweight, _ = ctx.needs_input_grad
         dx = torch.empty_like(x) if needs_dx else None
         dweight = torch.zeros_like(weight) if needs_dweight else None
-        for e, rows in _groups(ctx.row_offsets):
+        for e, rows in groups_with_rows(ctx.row_offsets):
             by_block = dy[rows].transpose(0, 1)
             if dx is not None:
                 dx[rows] = torch.bmm(by_block, weight[e].mT).transpose(0, 1)

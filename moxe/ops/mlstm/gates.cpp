@@ -5,96 +5,19 @@
 //     [igate, fgate][n] = [q, k, v][n] W[e]^T + bias[e]        d[q, k, v][n] = dgates[n] W[e]
 //     dW[e] = sum_n dgates[n]^T [q, k, v][n]                   dbias[e] = sum_n dgates[n]
 //
-// There are far fewer gates than lanes times tiles, so the forward pass runs its vectors along the channels, a few rows
-// and gates at a time, and adds up the lanes at the end; each row is read once from memory. Backward, the channels are
-// the columns of ordinary products, a few rows at a time that stay in the second-level cache.
+// Each row is read once from memory. Backward, the channels are the columns of ordinary products, a few rows at a time
+// that stay in the second-level cache.
 
 #include <algorithm>
-#include <array>
 
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
-#include "cpu/tensor.h"
+#include "mlstm/gates.h"
 
 namespace moxe {
 namespace {
 
 constexpr int64_t kForwardRows = 64, kBackwardRows = 256, kRowsAtATime = 24;
-constexpr int kTileGates = 4, kTileRowsOfGates = 4;
-constexpr int kSources = 3;
-
-struct Sizes {
-  int64_t channels, heads;
-
-  int64_t gates() const { return 2 * heads; }
-  int64_t inputs() const { return kSources * channels; }
-  int64_t weights() const { return gates() * inputs(); }
-};
-
-// q, k and v, whose rows may lie apart.
-template <class S>
-struct Source {
-  S* start;
-  int64_t row;
-};
-template <class S>
-using Sources = std::array<Source<S>, kSources>;
-
-template <class S, class T>
-Sources<T> sources_of(const Tensor& q, const Tensor& k, const Tensor& v) {
-  return {{{data<S>(q), q.stride(0)}, {data<S>(k), k.stride(0)}, {data<S>(v), v.stride(0)}}};
-}
-
-// igate and fgate, [N, H] each.
-template <class T>
-struct Gates {
-  T* igate;
-  T* fgate;
-
-  T* at(int64_t n, int64_t gate, int64_t heads) const {
-    return gate < heads ? igate + n * heads + gate : fgate + n * heads + gate - heads;
-  }
-};
-
-template <class S, int kRows, int kGates, class L>
-inline void add_products(const S* x, int64_t row, const ComputeType<S>* w, int64_t inputs, L lanes,
-                         Vector<ComputeType<S>> (&total)[kRows][kGates]) {
-  Vector<ComputeType<S>> of_gate[kGates];
-  for (int p = 0; p < kGates; ++p) of_gate[p] = load(w + p * inputs, lanes);
-  for (int r = 0; r < kRows; ++r) {
-    const auto of_row = load(x + r * row, lanes);
-    for (int p = 0; p < kGates; ++p) total[r][p] += of_row * of_gate[p];
-  }
-}
-
-template <class S, int kRows, int kGates>
-void gates_of_tile(const Sizes& sizes, const Sources<const S>& sources, int64_t n, int64_t gate,
-                   const ComputeType<S>* weight, const ComputeType<S>* bias, const Gates<ComputeType<S>>& out) {
-  using T = ComputeType<S>;
-  const int64_t inputs = sizes.inputs(), channels = sizes.channels;
-  Vector<T> total[kRows][kGates] = {};
-  for (int s = 0; s < kSources; ++s) {
-    const int64_t row = sources[s].row;
-    const S* x = sources[s].start + n * row;
-    const T* w = weight + gate * inputs + s * channels;
-    // Not `for_each_vector`: behind its body, the compiler would keep the totals in memory.
-    int64_t c = 0;
-    for (; c + kLanes<T> <= channels; c += kLanes<T>)
-      add_products<S, kRows, kGates>(x + c, row, w + c, inputs, Whole{}, total);
-    if (c < channels) add_products<S, kRows, kGates>(x + c, row, w + c, inputs, Part{channels - c}, total);
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kGates; ++p) *out.at(n + r, gate + p, sizes.heads) = sum(total[r][p]) + bias[gate + p];
-}
-
-template <class S, int kRows>
-void gates_of_rows(const Sizes& sizes, const Sources<const S>& sources, int64_t n, const ComputeType<S>* weight,
-                   const ComputeType<S>* bias, const Gates<ComputeType<S>>& out) {
-  int64_t gate = 0;
-  for (; gate + kTileGates <= sizes.gates(); gate += kTileGates)
-    gates_of_tile<S, kRows, kTileGates>(sizes, sources, n, gate, weight, bias, out);
-  for (; gate < sizes.gates(); ++gate) gates_of_tile<S, kRows, 1>(sizes, sources, n, gate, weight, bias, out);
-}
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor* bias) {
   for (const Tensor& x : {q, k, v}) {
@@ -110,7 +33,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weig
 std::tuple<Tensor, Tensor> mlstm_gates(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight,
                                        const Tensor& bias, at::IntArrayRef row_offsets) {
   check(q, k, v, weight, &bias);
-  const Sizes sizes = {q.size(1), weight.size(1) / 2};
+  const GateSizes sizes = {q.size(1), weight.size(1) / 2};
   Tensor igate = at::empty({q.size(0), sizes.heads}, weight.options());
   Tensor fgate = at::empty({q.size(0), sizes.heads}, weight.options());
   const auto pieces = row_blocks(row_offsets, kForwardRows);
@@ -134,7 +57,7 @@ std::tuple<Tensor, Tensor> mlstm_gates(const Tensor& q, const Tensor& k, const T
 
 // What a task adds up for its rows: [2 H, 3 C] and, behind it, [2 H].
 template <class S>
-void backward_of_piece(const Sizes& sizes, const RowBlock& piece, const Gates<const ComputeType<S>>& dgates,
+void backward_of_piece(const GateSizes& sizes, const RowBlock& piece, const Gates<const ComputeType<S>>& dgates,
                        const Sources<const S>& sources, const ComputeType<S>* weight, const Sources<S>& dsources,
                        ComputeType<S>* sums) {
   using T = ComputeType<S>;
@@ -183,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_gates_backward(const Te
   check(q, k, v, weight, nullptr);
   for (const Tensor& d : {digate, dfgate})
     TORCH_CHECK(d.is_contiguous() && d.dtype() == weight.dtype(), "gates' gradients must be contiguous, as the weight");
-  const Sizes sizes = {q.size(1), weight.size(1) / 2};
+  const GateSizes sizes = {q.size(1), weight.size(1) / 2};
   Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), q.options());
   Tensor dv = at::empty(q.sizes(), q.options());
   Tensor dweight = at::zeros(weight.sizes(), weight.options());

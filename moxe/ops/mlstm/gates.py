@@ -43,7 +43,7 @@ def mlstm_gates(
     Raises:
         ValueError: for shapes that do not agree or an unknown backend.
     """
-    _check(q, k, v, weight, bias, row_offsets)
+    check_gates(q, k, v, weight, bias, row_offsets)
     dtype = core_dtype(weight)
     weight, bias = weight.to(dtype), bias.to(dtype)
     with without_autocast(q.device.type):
@@ -61,7 +61,8 @@ def mlstm_gates(
         return igate, fgate
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, row_offsets: Sequence[int]) -> None:
+def check_gates(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, row_offsets: Sequence[int]) -> None:
+    """Raises ValueError for shapes that do not agree."""
     if q.ndim != 2 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(f"q, k, v must all be [N, C], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     rows, groups = row_offsets[-1], len(row_offsets) - 1

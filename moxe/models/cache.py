@@ -8,7 +8,7 @@ Its size does not depend on how many tokens were seen. Every tensor is [B, E, ..
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,28 @@ class MoxECache:
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
         return self.seq_length
+
+    def is_ready(self, blocks: Iterable[str], document: Tensor | None, like: Tensor) -> bool:
+        """Whether one token of each row can take a step in place (`moxe.ops.mlstm.step`, `moxe.ops.slstm.step`).
+
+        Every row must go on, each of the blocks have a state already, and that state be contiguous and float64 if and
+        only if `like` is.
+
+        Args:
+            document: [B] the document of each row's token; None for that which the row is in.
+        """
+        current = self.document.tolist()
+        goes_on = all(number >= 0 for number in current) if document is None else document.tolist() == current
+        if not goes_on:
+            return False
+        is_double = like.dtype == torch.float64
+        for block in blocks:
+            if block not in self.states:
+                return False
+            for tensor in self.states[block].values():
+                if (tensor.dtype == torch.float64) != is_double or not tensor.is_contiguous():
+                    return False
+        return True
 
     def read_mixer(self, block: str, at: Continuation) -> BlockState | None:
         """State before every segment of a mixer; None when all of them begin empty."""

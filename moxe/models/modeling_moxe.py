@@ -9,7 +9,7 @@ the model every tensor is packed [N, D], and `Segments` says which tokens form a
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from moxe.modules.mlstm import MLSTMBlocks
 from moxe.modules.router import Router, RouterOutput
 from moxe.modules.slstm import SLSTMBlocks
 from moxe.modules.stacks import small_init_std
+from moxe.ops.backend import core_dtype, resolve_backend
 from moxe.ops.cross_entropy import IGNORED, linear_cross_entropy
 from moxe.ops.grouped_linear import FEW_ROWS, grouped_linear
 from moxe.ops.routing import ExpertRows
@@ -69,8 +70,12 @@ class PackedTokens:
 
     shape: tuple[int, int]
     column: Tensor | None  # [N] places in the flattened [B * S]; None when every column is a token
-    sequences: Segments
+    cu_seqlens: Tensor  # [G + 1] first token of each sequence, host
     row: Tensor  # [G] row of each sequence, host
+
+    @cached_property
+    def sequences(self) -> Segments:
+        return Segments(self.cu_seqlens)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [N, ...]."""
@@ -90,6 +95,8 @@ def pack_tokens(input_ids: Tensor, attention_mask: Tensor | None, document_ids: 
     batch, length = input_ids.shape
     keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool().flatten().nonzero()
     column = None if keep is None else keep.flatten()
+    if column is None and length == 1:
+        return PackedTokens((batch, length), None, torch.arange(batch + 1), torch.arange(batch))
     place = torch.arange(batch * length, device=input_ids.device) if column is None else column
     row = place // max(length, 1)
     begins = torch.ones_like(place, dtype=torch.bool)
@@ -99,7 +106,7 @@ def pack_tokens(input_ids: Tensor, attention_mask: Tensor | None, document_ids: 
         begins[1:] |= document[1:] != document[:-1]
     first = begins.nonzero().flatten()
     cu_seqlens = torch.cat([first.cpu(), torch.tensor([len(place)])])
-    return PackedTokens((batch, length), column, Segments(cu_seqlens), row[first].cpu())
+    return PackedTokens((batch, length), column, cu_seqlens, row[first].cpu())
 
 
 class MoxELayer(nn.Module):
@@ -107,7 +114,6 @@ class MoxELayer(nn.Module):
 
     def __init__(self, config: MoxEConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.num_experts = config.num_experts
         first_block = RESIDUAL_BLOCKS_A_LAYER * layer
         self.slstm_mixer = _make_slstm(config, first_block, 1)
@@ -133,22 +139,44 @@ class MoxELayer(nn.Module):
             },
             backend=config.backend,
         )
+        kinds = self.experts.ranges if self.experts.keeps_state else ()
+        self.names_of_mixers = {name: f"layers.{layer}.{name}" for name in ("slstm_mixer", "mlstm_mixer")}
+        self.names_of_experts = {kind: f"layers.{layer}.experts.{kind}" for kind in kinds}
 
     def forward(
-        self, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation
+        self, x: Tensor, tokens: PackedTokens, cache: MoxECache | None, at: Continuation | None
     ) -> tuple[Tensor, RouterOutput]:
-        """x [N, D] -> y [N, D] and what the router decided."""
-        for name in ("slstm_mixer", "mlstm_mixer"):
-            x = x + self._mix(name, x, sequences, cache, at)
+        """x [N, D] -> y [N, D] and what the router decided; without `at`, by a step in place on the cache."""
+        if at is None:
+            assert cache is not None
+            return self.step(x, tokens, cache)
+        for name in self.names_of_mixers:
+            x = x + self._mix(name, x, tokens.sequences, cache, at)
         routing = self.router(x)
         read, write = self._expert_state(cache, at)
-        return self.experts(x, routing.expert_indices, routing.expert_weights, sequences, read, write), routing
+        return self.experts(x, routing.expert_indices, routing.expert_weights, tokens.sequences, read, write), routing
+
+    def step(self, x: Tensor, tokens: PackedTokens, cache: MoxECache) -> tuple[Tensor, RouterOutput]:
+        """`forward` in C++ for one token of each row of a cache that `is_ready`; x is float32 or float64."""
+        only, weight = torch.zeros(len(x), 1, dtype=torch.int64), x.new_ones(len(x), 1)
+        for name, block in self.names_of_mixers.items():
+            mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
+            y = x.clone()
+            mixer.step(x, only, weight, 0, cache.states[block], y)
+            x = y
+        routing = self.router(x)
+        chosen = routing.expert_indices, routing.expert_weights
+        if self.experts.keeps_state:
+            states = {kind: cache.states[block] for kind, block in self.names_of_experts.items()}
+            return self.experts.step(x, *chosen, states), routing
+        h = x.to(self.router.weight.dtype)
+        return self.experts(h, *chosen, tokens.sequences, lambda kind, rows: None, None).to(x.dtype), routing
 
     def _mix(self, name: str, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation) -> Tensor:
         mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
         if cache is None:
             return mixer(x, sequences, None, False)[0]
-        block = f"layers.{self.layer}.{name}"
+        block = self.names_of_mixers[name]
         y, state = mixer(x, sequences, cache.read_mixer(block, at), True)
         assert state is not None
         cache.write_mixer(block, at, state)
@@ -157,14 +185,13 @@ class MoxELayer(nn.Module):
     def _expert_state(self, cache: MoxECache | None, at: Continuation) -> tuple[ReadState, WriteState | None]:
         if cache is None:
             return lambda kind, rows: None, None
-        prefix = f"layers.{self.layer}.experts"
 
         def read(kind: str, rows: ExpertRows) -> dict[str, Tensor] | None:
-            return cache.read(f"{prefix}.{kind}", at, rows.sequence, rows.expert)
+            return cache.read(self.names_of_experts[kind], at, rows.sequence, rows.expert)
 
         def write(kind: str, rows: ExpertRows, state: dict[str, Tensor]) -> None:
             first, last = self.experts.ranges[kind]
-            cache.write(f"{prefix}.{kind}", last - first, at, rows.sequence, rows.expert, state)
+            cache.write(self.names_of_experts[kind], last - first, at, rows.sequence, rows.expert, state)
 
         return read, write
 
@@ -237,8 +264,12 @@ class MoxEModel(MoxEPreTrainedModel):
     def __init__(self, config: MoxEConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MoxELayer(config, layer) for layer in range(config.num_hidden_layers))
+        layers = [MoxELayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+        self._blocks_with_state = [
+            name for layer in layers for name in (*layer.names_of_mixers.values(), *layer.names_of_experts.values())
+        ]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -295,16 +326,44 @@ class MoxEModel(MoxEPreTrainedModel):
             cache = MoxECache(batch)
         if cache is not None and cache.batch_size != batch:
             raise ValueError(f"cache_params holds {cache.batch_size} rows but input_ids has {batch}")
-        at, last_document = _continuation(tokens, document_ids, cache)
-        x = self.embed_tokens(tokens.pack(input_ids))
-        routing = []
-        for layer in self.layers:
-            x, decided = layer(x, tokens.sequences, cache, at)
-            routing.append(decided)
+        embedded = self.embed_tokens(tokens.pack(input_ids))
+        if cache is not None and self._takes_a_step(embedded, tokens, document_ids, cache):
+            x, routing = self._run_layers(embedded.to(core_dtype(embedded)), tokens, cache, None)
+            x = x.to(embedded.dtype)
+        else:
+            at, last_document = _continuation(tokens, document_ids, cache)
+            x, routing = self._run_layers(embedded, tokens, cache, at)
+            if cache is not None:
+                cache.document = last_document
         if cache is not None:
             cache.seq_length += length
-            cache.document = last_document
-        return self.norm(x), cache, tuple(routing)
+        return self.norm(x), cache, routing
+
+    def _run_layers(
+        self, x: Tensor, tokens: PackedTokens, cache: MoxECache | None, at: Continuation | None
+    ) -> tuple[Tensor, tuple[RouterOutput, ...]]:
+        routing = []
+        for layer in self.layers:
+            x, decided = layer(x, tokens, cache, at)
+            routing.append(decided)
+        return x, tuple(routing)
+
+    def _takes_a_step(
+        self, embedded: Tensor, tokens: PackedTokens, document_ids: Tensor | None, cache: MoxECache
+    ) -> bool:
+        """Whether this is one token of each of a few rows that go on, which `MoxELayer.step` can take."""
+        device = embedded.device.type
+        return (
+            not torch.compiler.is_compiling()
+            and tokens.column is None
+            and tokens.shape[1] == 1
+            and tokens.shape[0] <= FEW_ROWS
+            and not torch.is_grad_enabled()
+            and device == "cpu"
+            and not torch.is_autocast_enabled(device)
+            and resolve_backend(self.config.backend, device) == "cpu"
+            and cache.is_ready(self._blocks_with_state, None if document_ids is None else document_ids[:, 0], embedded)
+        )
 
 
 def _continuation(
@@ -513,8 +572,9 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
 
 
 def _check_vocabulary(what: str, ids: Tensor, size: int) -> None:
-    outside = ids[(ids < 0) | (ids >= size)]
-    if len(outside):
+    lowest, highest = ids.aminmax() if len(ids) else (0, 0)
+    if lowest < 0 or highest >= size:
+        outside = ids[(ids < 0) | (ids >= size)]
         raise ValueError(f"{what} {int(outside[0])} is outside the vocabulary: ids run from 0 to {size - 1}")
 
 

@@ -37,6 +37,7 @@ class Experts(nn.Module):
         super().__init__()
         self.backend = backend
         self.has_memory = expert_memory == "sequence"
+        self.keeps_state = self.has_memory and expert_kind != "ffn"
         half = num_experts // 2
         if expert_kind == "xlstm":
             self.ranges = {"mlstm": (0, half), "slstm": (half, num_experts)}
@@ -61,11 +62,21 @@ class Experts(nn.Module):
         parts = rows.split([own.segments.num_tokens for own in owned.values()])
         outputs = []
         for (kind, own), part in zip(owned.items(), parts, strict=True):
-            keeps_state = self.has_memory and kind != "ffn"
-            state = read_state(kind, own) if keeps_state else None
+            state = read_state(kind, own) if self.keeps_state else None
             block: MLSTMBlocks | SLSTMBlocks | FeedForwardBlocks = getattr(self, kind)
-            y, new_state = block(part, own.segments, state, keeps_state and write_state is not None)
+            y, new_state = block(part, own.segments, state, self.keeps_state and write_state is not None)
             if new_state is not None and write_state is not None:
                 write_state(kind, own, new_state)
             outputs.append(y)
         return combine(torch.cat(outputs), expert_weights, assignments, residual=h, backend=self.backend)
+
+    def step(self, h: Tensor, expert_indices: Tensor, expert_weights: Tensor, states: dict[str, BlockState]) -> Tensor:
+        """`forward` for one token of each of a few rows, in C++; the states [N, E, ...] by kind change in place.
+
+        For experts that keep a state; h is float32 or float64.
+        """
+        out = h.clone()
+        for kind, (first, _) in self.ranges.items():
+            blocks: MLSTMBlocks | SLSTMBlocks = getattr(self, kind)
+            blocks.step(h, expert_indices, expert_weights, first, states[kind], out)
+        return out

@@ -1,6 +1,6 @@
 """The mLSTM block, E of one shape stacked: matrix memory between an up- and a down-projection.
 
-Legend: N rows, G segments, E blocks, D hidden size, I inner size, H heads, Dh = I / H, T taps.
+Legend: N rows, K choices a row, G segments, E blocks, D hidden size, I inner size, H heads, Dh = I / H, T taps.
 
     x~ = norm(x);  [a, g] = up(x~);  s = SiLU(conv(a));  q, k = from s, v = from a (block-diagonal)
     igate, fgate = from [q, k, v];  y = head-norm(cell(q, k, v, igate, fgate)) + skip s;  f(x) = down(y SiLU(g))
@@ -17,13 +17,30 @@ from moxe.modules.stacks import (
     StackedConv,
     StackedLayerNorm,
     StackedLinear,
+    parameters_of,
     small_init_std,
     wang_init_std,
 )
 from moxe.ops.gating import mlstm_output
 from moxe.ops.mlstm import MLSTMState, mlstm
 from moxe.ops.mlstm.projections import mlstm_projections
+from moxe.ops.mlstm.step import mlstm_step
 from moxe.ops.segments import Segments
+
+_PARAMETERS_OF_STEP = (
+    ("norm", "weight"),
+    ("up_proj", "weight"),
+    ("conv", "weight"),
+    ("conv", "bias"),
+    ("q_proj", "weight"),
+    ("k_proj", "weight"),
+    ("v_proj", "weight"),
+    ("", "gate_weight"),
+    ("", "gate_bias"),
+    ("head_norm", "weight"),
+    ("", "skip"),
+    ("down_proj", "weight"),
+)
 
 
 class MLSTMBlocks(nn.Module):
@@ -43,7 +60,7 @@ class MLSTMBlocks(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads, self.norm_eps, self.backend = num_heads, norm_eps, backend
         std = small_init_std(hidden_size)
         blocks = (inner_size // qkv_block_size, qkv_block_size, qkv_block_size)
         self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
@@ -117,3 +134,12 @@ class MLSTMBlocks(nn.Module):
         if cell_state is None or conv_state is None:
             return out, None
         return out, {"conv": conv_state, **cell_state._asdict()}
+
+    def step(self, x: Tensor, experts: Tensor, weights: Tensor, first: int, state: BlockState, out: Tensor) -> None:
+        """Adds weights[n, k] f_{experts[n, k] - first}(x_n) to out [N, D] for one token of each of a few rows, in C++.
+
+        x [N, D] and out are float32 or float64, experts and weights [N, K]; a state [N, E, ...] of every block changes
+        in place. See `moxe.ops.mlstm.step`.
+        """
+        parameters = parameters_of(self, _PARAMETERS_OF_STEP)
+        mlstm_step(x, experts, weights, first, parameters, self.num_heads, self.norm_eps, state, out)

@@ -1,6 +1,6 @@
 """The sLSTM block, E of one shape stacked: scalar memories with recurrent gates, then a gated feed-forward part.
 
-Legend: N rows, G segments, E blocks, D hidden size, H heads, Dh = D / H, T taps.
+Legend: N rows, K choices a row, G segments, E blocks, D hidden size, H heads, Dh = D / H, T taps.
 
     x~ = norm(x);  s = SiLU(conv(x~));  i, f from s and z, o from x~ (block-diagonal by head), + R h + b
     u = x + head-norm(cell(i, f, z, o));  f(x) = u + FFN(norm(u)) - x
@@ -17,13 +17,26 @@ from moxe.modules.stacks import (
     StackedBlockLinear,
     StackedConv,
     StackedLayerNorm,
+    parameters_of,
     small_init_std,
 )
 from moxe.ops.segments import Segments
 from moxe.ops.slstm import SLSTMState, slstm
 from moxe.ops.slstm.gates import slstm_gates
+from moxe.ops.slstm.step import slstm_step
 
 FORGET_GATE = 1  # place of f among i, f, z, o
+_CELL_OF_STEP = (
+    ("norm", "weight"),
+    ("conv", "weight"),
+    ("conv", "bias"),
+    ("if_proj", "weight"),
+    ("zo_proj", "weight"),
+    ("", "recurrent_weight"),
+    ("", "gate_bias"),
+    ("head_norm", "weight"),
+)
+_FFN_OF_STEP = (("norm", "weight"), ("up_proj", "weight"), ("down_proj", "weight"))
 
 
 class SLSTMBlocks(nn.Module):
@@ -43,7 +56,7 @@ class SLSTMBlocks(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        self.num_heads, self.backend = num_heads, backend
+        self.num_heads, self.norm_eps, self.backend = num_heads, norm_eps, backend
         self.depth = residual_block / max(num_residual_blocks - 1, 1)
         size, std = hidden_size // num_heads, small_init_std(hidden_size)
         self.norm = StackedLayerNorm(num_blocks, hidden_size, eps=norm_eps, backend=backend)
@@ -103,3 +116,12 @@ class SLSTMBlocks(nn.Module):
         if cell_state is None or conv_state is None:
             return out, None
         return out, {"conv": conv_state, **cell_state._asdict()}
+
+    def step(self, x: Tensor, experts: Tensor, weights: Tensor, first: int, state: BlockState, out: Tensor) -> None:
+        """Adds weights[n, k] f_{experts[n, k] - first}(x_n) to out [N, D] for one token of each of a few rows, in C++.
+
+        x [N, D] and out are float32 or float64, experts and weights [N, K]; a state [N, E, ...] of every block changes
+        in place. See `moxe.ops.slstm.step`.
+        """
+        parameters = parameters_of(self, _CELL_OF_STEP) + parameters_of(self.ffn, _FFN_OF_STEP)
+        slstm_step(x, experts, weights, first, parameters, self.norm_eps, state, out)

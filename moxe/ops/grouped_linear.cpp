@@ -1,9 +1,10 @@
 // Block-diagonal products of packed rows; `cpu/block_linear.h` says how they are computed. And full products of a few
-// rows, as in decoding, where reading the weights is all that takes time: each is read once, as it is stored.
+// rows, as in decoding; `cpu/matrix_vector.h` has those.
 //
 // Legend: N rows, E groups, Q blocks, I inputs and O outputs of a block (or of a full product).
 
 #include "cpu/block_linear.h"
+#include "cpu/matrix_vector.h"
 
 namespace moxe {
 namespace {
@@ -54,20 +55,8 @@ std::tuple<Tensor, Tensor> grouped_block_linear_backward(const Tensor& dy, const
   return {dx, dweight};
 }
 
-// Outputs that one task computes, and those that share a read of x.
+// Outputs that one task computes.
 constexpr int64_t kOutputsOfTask = 128;
-constexpr int kOutputsAtOnce = 4;
-
-// y[o] = <x, weight[o]> for kCount outputs; weights may be stored narrower than x.
-template <class T, class W, int kCount, class S>
-void dot_products(int64_t inputs, const T* x, const W* weight, S* y) {
-  Vector<T> total[kCount] = {};
-  for_each_vector<T>(inputs, [&](int64_t c, auto lanes) {
-    const Vector<T> xs = load(x + c, lanes);
-    for (int o = 0; o < kCount; ++o) total[o] += load(weight + o * inputs + c, lanes) * xs;
-  });
-  for (int o = 0; o < kCount; ++o) y[o] = narrow<S>(sum(total[o]));
-}
 
 // x [N, I] in the type of computation, weight [E, O, I], y [N, O] stored as S.
 template <class W, class S, class T = ComputeType<S>>
@@ -77,14 +66,10 @@ void few_rows(const Tensor& x, const Tensor& weight, at::IntArrayRef row_offsets
   const auto rows = row_blocks(row_offsets, 1);
   for_each_task(static_cast<int64_t>(rows.size()) * blocks, [&](int64_t task) {
     const auto& [group, row, end] = rows[task / blocks];
-    const T* const from = data<const T>(x) + row * inputs;
-    const W* const weights = data<const W>(weight) + group * outputs * inputs;
-    S* const to = data<S>(y) + row * outputs;
-    int64_t o = task % blocks * kOutputsOfTask;
-    const int64_t last = std::min(o + kOutputsOfTask, outputs);
-    for (; o + kOutputsAtOnce <= last; o += kOutputsAtOnce)
-      dot_products<T, W, kOutputsAtOnce>(inputs, from, weights + o * inputs, to + o);
-    for (; o < last; ++o) dot_products<T, W, 1>(inputs, from, weights + o * inputs, to + o);
+    const int64_t first = task % blocks * kOutputsOfTask;
+    matrix_vector(std::min(kOutputsOfTask, outputs - first), inputs, data<const T>(x) + row * inputs,
+                  data<const W>(weight) + (group * outputs + first) * inputs, inputs,
+                  data<S>(y) + row * outputs + first);
   });
 }
 

@@ -3,6 +3,7 @@
 // C is [M, N] and B is [K, N], both with rows of consecutive numbers; A is [M, K] with any two strides, so a transposed
 // A needs no copy. A block of kTileRows x kTileVectors vectors of C stays in registers while k runs; every number of C is
 // one sum over k in order, whatever the other rows are. What is added to is added last: long sums are sums of sums.
+// B may be stored narrower than what is computed.
 #pragma once
 
 #include "cpu/vector.h"
@@ -16,8 +17,8 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
-template <class T, bool kAdd, int kRows, int kVectors>
-inline void gemm_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
+template <class T, bool kAdd, int kRows, int kVectors, class W = T>
+inline void gemm_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, const W* b, int64_t ldb, T* c,
                       int64_t ldc) {
   Vector<T> total[kRows][kVectors];
   for (int m = 0; m < kRows; ++m)
@@ -39,20 +40,20 @@ inline void gemm_tile(int64_t K, const T* a, int64_t a_row, int64_t a_column, co
 }
 
 // Columns that do not fill a vector.
-template <class T, bool kAdd>
-inline void gemm_edge(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b,
+template <class T, bool kAdd, class W = T>
+inline void gemm_edge(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const W* b,
                       int64_t ldb, T* c, int64_t ldc) {
   for (int64_t m = 0; m < M; ++m) {
     T total[kLanes<T>];
     for (int64_t n = 0; n < N; ++n) total[n] = 0;
     for (int64_t k = 0; k < K; ++k)
-      for (int64_t n = 0; n < N; ++n) total[n] += a[m * a_row + k * a_column] * b[k * ldb + n];
+      for (int64_t n = 0; n < N; ++n) total[n] += a[m * a_row + k * a_column] * widen(b[k * ldb + n]);
     for (int64_t n = 0; n < N; ++n) c[m * ldc + n] = kAdd ? c[m * ldc + n] + total[n] : total[n];
   }
 }
 
-template <class T, bool kAdd, int kVectors>
-inline void gemm_columns(int64_t M, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb,
+template <class T, bool kAdd, int kVectors, class W = T>
+inline void gemm_columns(int64_t M, int64_t K, const T* a, int64_t a_row, int64_t a_column, const W* b, int64_t ldb,
                          T* c, int64_t ldc) {
   int64_t m = 0;
   for (; m + kTileRows <= M; m += kTileRows)
@@ -71,8 +72,8 @@ inline void gemm_columns(int64_t M, int64_t K, const T* a, int64_t a_row, int64_
 }
 
 // C = A B, or C += A B when kAdd. a_row and a_column are the strides of A.
-template <class T, bool kAdd>
-void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
+template <class T, bool kAdd, class W = T>
+void gemm(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_row, int64_t a_column, const W* b, int64_t ldb, T* c,
           int64_t ldc) {
   constexpr int kLane = kLanes<T>;
   int64_t n = 0;

@@ -125,6 +125,12 @@ inline void store(S* to, Vector<ComputeType<S>> x) {
   }
 }
 
+// Asks for a cache line that is read soon. An address behind the array does no harm.
+template <class S>
+inline void fetch(const S* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
 template <class T>
 inline Vector<T> fill(T x) {
   return Vector<T>{} + x;
@@ -280,8 +286,14 @@ inline ValueAndSlope<V> silu_and_slope(V x) {
   return {value, s + value * (1.0f - s)};
 }
 
+template <class T>
+  requires std::is_floating_point_v<T>
+inline T log_sigmoid(T x) {
+  return (x < 0 ? x : T(0)) - std::log1p(std::exp(-std::fabs(x)));
+}
+
 inline Vector<double> log_sigmoid(Vector<double> x) {
-  return by_lane(x, [](double y) { return std::fmin(y, 0.0) - std::log1p(std::exp(-std::fabs(y))); });
+  return by_lane(x, [](double y) { return log_sigmoid(y); });
 }
 
 // log sigmoid x = min(x, 0) - log(1 + e^-|x|), the logarithm by its series in s = y / (2 + y) <= 1/3.

@@ -57,16 +57,6 @@ struct Chunks {
   int64_t widest() const { return (length + count - 1) / count; }
 };
 
-template <class T>
-T larger(T x, T y) {
-  return x > y || x != x ? x : y;
-}
-
-template <class T>
-T log_sigmoid_of(T x) {
-  return std::min(x, T(0)) - std::log1p(std::exp(-std::abs(x)));
-}
-
 // y[i] = scale * x[i]
 template <class T>
 void scale_into(int64_t count, T scale, const T* x, T* y) {
@@ -127,9 +117,9 @@ struct Weights {
   void read(const T* igate, const T* fgate, int64_t stride, int64_t width, T m_before) {
     T sum_log_f = 0, highest = m_before;
     for (int64_t t = 0; t < width; ++t) {
-      sum_log_f += log_sigmoid_of(fgate[t * stride]);
+      sum_log_f += log_sigmoid(fgate[t * stride]);
       source[t] = igate[t * stride] - sum_log_f;
-      highest = larger(highest, source[t]);
+      highest = maximum(highest, source[t]);
       g[t] = highest;
       m[t] = sum_log_f + highest;
       y[t] = std::exp(m_before - highest);
@@ -310,7 +300,7 @@ void forward_head(const Problem& problem, int64_t segment, int64_t head, const T
     }
     const auto h_rows = problem.rows<S>(h, head);
     for (int64_t t = 0; t < width; ++t) {
-      const T divisor = larger(std::abs(denominator[t]), std::exp(-weights.m[t]));
+      const T divisor = maximum(std::abs(denominator[t]), std::exp(-weights.m[t]));
       scale_into(size, 1 / divisor, numerator + t * size, numerator + t * size);
       write_row(numerator + t * size, size, h_rows[first + t]);
     }
@@ -410,7 +400,7 @@ void backward_head(const Problem& problem, int64_t segment, int64_t head, const 
       for (int64_t t = 0; t < width; ++t)
         denominator[t] += weights.y[t] * dot(size, queries + t * size, state.n);
     for (int64_t t = 0; t < width; ++t) {
-      const T divisor = larger(std::abs(denominator[t]), std::exp(-weights.m[t]));
+      const T divisor = maximum(std::abs(denominator[t]), std::exp(-weights.m[t]));
       if (dh.has_value())
         read_row(problem.rows<const S>(*dh, head)[first + t], size, 1 / divisor, dnumerator + t * size);
       else
@@ -435,7 +425,7 @@ void backward_head(const Problem& problem, int64_t segment, int64_t head, const 
     }
     for (int64_t t = 0; t < width; ++t) {
       const T floor = std::exp(-weights.m[t]), size_of = std::abs(denominator[t]);
-      const T divisor = larger(size_of, floor);
+      const T divisor = maximum(size_of, floor);
       const T sign = denominator[t] > 0 ? T(1) : denominator[t] < 0 ? T(-1) : T(0);
       ddenominator[t] = size_of >= floor ? -ddenominator[t] / divisor * sign : ddenominator[t] * 0;
     }

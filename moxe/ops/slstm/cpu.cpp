@@ -27,6 +27,7 @@
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
+#include "slstm/cell.h"
 
 namespace moxe {
 namespace {
@@ -45,13 +46,6 @@ constexpr int64_t kTokensAhead = 8;
 template <class T>
 int64_t padded(int64_t size) {
   return (size + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// Asks for a cache line that is read soon: a head's rows of one token and the next lie too far apart for the processor
-// to guess. An address behind the array does no harm.
-template <class S>
-inline void fetch(const S* from) {
-  __builtin_prefetch(from, 0, 2);
 }
 
 // ---- Products with R --------------------------------------------------------------------------------------------
@@ -276,30 +270,26 @@ struct Forward {
     T* const save = saved == nullptr ? nullptr : saved + layout.at(token, head, kSavedRows);
     for_each_vector<T>(size, [&](int64_t d, auto width) {
       const auto gate = [&](int64_t g) {
+        // A head's rows of one token and the next lie too far apart for the processor to guess.
         fetch(of_token + gates_stride + g * size + d);
         return load(product + g * wide + d) + load(own_bias + g * wide + d) + load(of_token + g * size + d, width);
       };
-      const V igate = gate(0), fgate = gate(1), z = tanh(gate(2)), one = fill(T(1));
-      const V kept = log_sigmoid(fgate) + load(rows.m + at + d), gap = igate - kept;
-      const V less = exp(gap > 0 ? -gap : gap);
-      const V i = gap >= 0 ? one : less, f = gap <= 0 ? one : less;
-      const V c = f * load(rows.c + at + d) + i * z;
-      const V n = f * load(rows.n + at + d) + i;
-      // sigmoid(o~) = n part and sigmoid(o~) c / n = c part, with one division.
-      const V part = one / (n + n * exp(-gate(3))), h_now = c * part;
-      store(rows.c + at + d, c);
-      store(rows.n + at + d, n);
-      store(rows.m + at + d, maximum(kept, igate));
-      store(rows.h + at + d, h_now);
-      store(h_of_token + d, h_now, width);
-      if (hidden_of_token != nullptr) store(hidden_of_token + d, h_now, width);
+      const V fgate = gate(1);
+      const auto now = advance_cell(gate(0), fgate, gate(2), gate(3), load(rows.c + at + d), load(rows.n + at + d),
+                                    load(rows.m + at + d));
+      store(rows.c + at + d, now.c);
+      store(rows.n + at + d, now.n);
+      store(rows.m + at + d, now.m);
+      store(rows.h + at + d, now.h);
+      store(h_of_token + d, now.h, width);
+      if (hidden_of_token != nullptr) store(hidden_of_token + d, now.h, width);
       if (save == nullptr) return;
-      store(save + kGap * size + d, gap, width);
+      store(save + kGap * size + d, now.gap, width);
       store(save + kForget * size + d, fgate, width);
-      store(save + kCell * size + d, z, width);
-      store(save + kOutput * size + d, n * part, width);
-      store(save + kMemory * size + d, c, width);
-      store(save + kNormaliser * size + d, n, width);
+      store(save + kCell * size + d, now.z, width);
+      store(save + kOutput * size + d, now.o, width);
+      store(save + kMemory * size + d, now.c, width);
+      store(save + kNormaliser * size + d, now.n, width);
     });
   }
 };

@@ -86,7 +86,7 @@ def _load() -> None:
 def _compile_once(compiler: str, library: Path) -> None:
     with FileLock(f"{library}.lock"):
         if not library.exists():
-            logger.warning("compiling the C++ ops into %s (once, under a minute)", library)
+            logger.warning("compiling the C++ ops into %s (once, about a minute)", library)
             _compile(compiler, library)
 
 

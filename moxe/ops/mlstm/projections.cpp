@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_project
   return {dconvolved, dbranch, dq_weight, dk_weight, dv_weight, dgate_weight, dgate_bias};
 }
 
-// Whether whole blocks fit into a vector of what numbers of a type are computed in.
+// Whether blocks of this size are known, and fit into a vector of what numbers of a type are computed in.
 bool fits_in_vector(at::ScalarType stored, int64_t block) {
   const auto any = [](auto) {};
   return stored == at::kDouble ? by_narrow_block<double>(block, any) : by_narrow_block<float>(block, any);

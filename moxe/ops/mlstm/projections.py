@@ -4,8 +4,8 @@ Legend: N rows, E groups (weight sets), C channels in blocks of B, H heads.
 
     q, k = block-diagonal products of the convolved branch; v one of the branch; [igate, fgate] = [q, k, v] W^T + b
 
-In C++ (`projections.cpp`) each row is read once for all of them, and once for all their gradients, where a block fits
-into a vector of the processor.
+In C++ (`projections.cpp`) each row is read once for all of them, and once for all their gradients: for blocks of 4 or
+16 channels that fit into a vector of the processor.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_any_size_of_blocks(block: int, dtype: torch.dtype, backend: str):
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-@pytest.mark.parametrize("block", [2, 4, 8, 16])
+@pytest.mark.parametrize("block", [4, 16])
 def test_of_bfloat16_everything_is_summed_in_float32_and_rounded_once(block: int, backend: str):
     check_against_loop((0, 9, 9, 28), 3, block, 2, torch.bfloat16, backend)
 
@@ -102,7 +102,7 @@ def test_no_uninitialised_memory_is_ever_read(row_offsets: tuple[int, ...], back
 
 
 def test_gradients_are_those_of_finite_differences(backend: str):
-    inputs = draw((0, 0, 3, 4), 2, 2, 1, torch.float64)
+    inputs = draw((0, 0, 3, 4), 1, 4, 1, torch.float64)
 
     def projections(*leaves: Tensor) -> tuple[Tensor, ...]:
         return mlstm_projections(*leaves, row_offsets=(0, 0, 3, 4), backend=backend)

@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from moxe.benchmarks.report import Figure, Report, milliseconds, number
 from moxe.benchmarks.timing import Samples, time_in_turn
 from moxe.benchmarks.training import training_step
 from moxe.models.configuration_moxe import MoxEConfig
-from moxe.ops.grouped_matmul import grouped_matmul, matrix_dtype, multiplies_in_cpp
+from moxe.ops.grouped_matmul import grouped_matmul, multiplies_in_cpp
 
 TITLE = "Floor: our training step beside its matrix products alone"
 COLUMNS = [
@@ -81,7 +80,7 @@ def measure(sizes: Sizes, *, repeats: int) -> Report:
         trainee = peers.build(OURS, config, sizes.length, Setting(precision))
         step = training_step(trainee, Setting(precision), sizes.rows, sizes.length, config.vocab_size)
         sides[f"step {precision}"] = step
-        for library, shape in product(_libraries(precision), shapes):
+        for library, shape in _multipliers(precision, shapes):
             times = _times(shape, sizes)
             sides[_name(precision, library, shape)] = _multiplication(precision, library, shape, times)
     samples = time_in_turn(sides, repeats=repeats, warm_up=2, seconds_a_side=sizes.seconds_a_side)
@@ -91,7 +90,7 @@ def measure(sizes: Sizes, *, repeats: int) -> Report:
                 _times(shape, sizes) * _flops(shape) / s / 1e9
                 for s in samples[_name(precision, library, shape)].seconds
             ]
-            for library, shape in product(_libraries(precision), shapes)
+            for library, shape in _multipliers(precision, shapes)
         }
         _add_precision(report, precision, flops, tokens, rates, samples[f"step {precision}"])
     return report
@@ -111,10 +110,12 @@ def _dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _libraries(precision: Precision) -> list[str]:
-    """What multiplies: torch, and our own products where the model takes them on this processor."""
-    ours = multiplies_in_cpp("auto", "cpu", _dtype(precision))
-    return [TORCH, OWN] if ours else [TORCH]
+def _multipliers(precision: Precision, shapes: list[Shape]) -> list[tuple[str, Shape]]:
+    """What multiplies each shape: torch, and our own products where the model takes them on this processor."""
+    by_torch = [(TORCH, shape) for shape in shapes]
+    return by_torch + [
+        (OWN, shape) for shape in shapes if multiplies_in_cpp("auto", "cpu", _dtype(precision), *shape[1:])
+    ]
 
 
 def _name(precision: Precision, library: str, shape: Shape) -> str:
@@ -137,7 +138,7 @@ def _multiplication(precision: Precision, library: str, shape: Shape, times: int
     a = torch.randn(rows, inner, generator=generator).to(dtype)
     b = torch.randn(inner, columns, generator=generator).to(dtype)
     out = torch.empty(rows, columns, dtype=dtype)
-    weight = b.to(matrix_dtype(dtype, True))[None]
+    weight = b.float()[None]
 
     def multiply() -> None:
         with arithmetic("fp32 medium" if precision == "fp32 medium" else "fp32"):

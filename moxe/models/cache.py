@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moxe.errors import UserError
 from moxe.modules.stacks import BlockState
+from moxe.ops.backend import core_dtype
 from moxe.ops.segments import Segments
 
 
@@ -59,8 +60,8 @@ class MoxECache:
     def is_ready(self, blocks: Iterable[str], document: Tensor | None, like: Tensor) -> bool:
         """Whether one token of each row can take a step in place (`moxe.ops.mlstm.step`, `moxe.ops.slstm.step`).
 
-        Every row must go on, each of the blocks have a state already, and that state be contiguous and float64 if and
-        only if `like` is.
+        Every row must go on, and each of the blocks have a state already, contiguous and in the precision that the
+        operation computes in; what the convolution keeps may be bfloat16 where that is float32.
 
         Args:
             document: [B] the document of each row's token; None for that which the row is in.
@@ -69,12 +70,13 @@ class MoxECache:
         goes_on = all(number >= 0 for number in current) if document is None else document.tolist() == current
         if not goes_on:
             return False
-        is_double = like.dtype == torch.float64
+        computed = core_dtype(like)
+        of_conv = (computed,) if computed == torch.float64 else (computed, torch.bfloat16)
         for block in blocks:
             if block not in self.states:
                 return False
-            for tensor in self.states[block].values():
-                if (tensor.dtype == torch.float64) != is_double or not tensor.is_contiguous():
+            for name, tensor in self.states[block].items():
+                if tensor.dtype not in (of_conv if name == "conv" else (computed,)) or not tensor.is_contiguous():
                     return False
         return True
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moxe.ops.backend import core_dtype, resolve_backend
-from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, matrix_dtype, multiplies_in_cpp
+from moxe.ops.grouped_matmul import Matrices, grouped_outer_, multiplies_in_cpp, sum_dtype
 
 IGNORED = -100
 # Entries of logits that are held at a time: about what a last-level cache holds in float32.
@@ -61,25 +61,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, through_rows, in_cpp: bool
     ) -> Tensor:
         needs_dhidden, needs_dweight, *_ = ctx.needs_input_grad
-        matrix = weight.to(matrix_dtype(dtype, in_cpp))[None]
-        dhidden = torch.zeros_like(hidden) if needs_dhidden else None
-        dmatrix = torch.zeros_like(matrix, dtype=core_dtype(matrix)) if needs_dweight else None
+        needs_gradient = needs_dhidden or needs_dweight
+        head = Matrices(weight[None], dtype, (0, len(hidden)), in_cpp=in_cpp)
+        transposed = dhidden = None
+        if needs_dhidden:
+            transposed = Matrices(weight[None], dtype, (0, len(hidden)), transposed=True, in_cpp=in_cpp)
+            dhidden = torch.zeros_like(hidden)
+        dweight = torch.zeros_like(weight[None], dtype=core_dtype(hidden)) if needs_dweight else None
         loss = hidden.new_zeros((), dtype=core_dtype(hidden))
         rows_at_once = max(1, _ENTRIES_AT_ONCE // len(weight))
         for begin in range(0, len(hidden), rows_at_once):
             rows = slice(begin, begin + rows_at_once)
             x = hidden[rows].to(dtype)
             all_rows = (0, len(x))
-            logits = grouped_matmul(x, matrix, all_rows, in_cpp=in_cpp)
-            loss_of_rows, dlogits = through_rows(logits, targets[rows], needs_dhidden or needs_dweight)
+            loss_of_rows, dlogits = through_rows(head.multiply(x, all_rows), targets[rows], needs_gradient)
             loss += loss_of_rows
-            if dhidden is not None:
-                dhidden[rows] = grouped_matmul(dlogits, matrix, all_rows, transposed=True, in_cpp=in_cpp)
-            if dmatrix is not None and dmatrix.dtype == matrix.dtype:
-                grouped_outer_(dlogits, x, all_rows, dmatrix, add=True, in_cpp=in_cpp)
-            elif dmatrix is not None:
-                dmatrix += grouped_outer_(dlogits, x, all_rows, torch.empty_like(matrix), in_cpp=in_cpp)
-        ctx.save_for_backward(dhidden, None if dmatrix is None else dmatrix[0].to(weight.dtype))
+            if dhidden is not None and transposed is not None:
+                dhidden[rows] = transposed.multiply(dlogits, all_rows)
+            if dweight is not None and dweight.dtype == sum_dtype(dtype, in_cpp):
+                grouped_outer_(dlogits, x, all_rows, dweight, add=True, in_cpp=in_cpp)
+            elif dweight is not None:
+                of_rows = torch.empty_like(dweight, dtype=dtype)
+                dweight += grouped_outer_(dlogits, x, all_rows, of_rows, in_cpp=in_cpp)
+        ctx.save_for_backward(dhidden, None if dweight is None else dweight[0].to(weight.dtype))
         return loss
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moxe.ops.backend import apply_function, core_dtype, resolve_backend
-from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, groups_with_rows, matrix_dtype, multiplies_in_cpp
+from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, groups_with_rows, multiplies_in_cpp, sum_dtype
 
 # At most so many rows go through products that do nothing but read the weights; more are worth a matrix product.
 FEW_ROWS = 8
@@ -29,13 +29,15 @@ def grouped_linear(x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, bac
         backend: `auto` or one of `moxe.ops.backend.BACKENDS`.
 
     Raises:
-        ValueError: for shapes that do not agree or an unknown backend.
+        ValueError: for shapes that do not agree, dtypes that differ outside autocast, or an unknown backend.
     """
     if weight.ndim != 3 or len(weight) != len(row_offsets) - 1 or x.shape != (row_offsets[-1], weight.shape[2]):
         raise ValueError(f"x must be [N, I] and weight [E, O, I] {_sizes(x, weight, row_offsets)}")
     is_cpu = resolve_backend(backend, x.device.type) == "cpu"
     if is_cpu and len(x) <= FEW_ROWS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         return torch.ops.moxe.few_rows_linear(x, weight.contiguous(), row_offsets)
+    if x.dtype != weight.dtype and not _under_autocast(x):
+        raise ValueError(f"x and weight must have one dtype outside autocast, got {x.dtype} and {weight.dtype}")
     x = _autocast(x)
     in_cpp = multiplies_in_cpp(backend, x.device.type, x.dtype, *weight.shape[1:])
     return apply_function(_GroupedLinear, x, weight, tuple(row_offsets), in_cpp)
@@ -64,17 +66,20 @@ def _sizes(x: Tensor, weight: Tensor, row_offsets: Sequence[int]) -> str:
     return f"with N={rows} rows and E={groups} groups, got {tuple(x.shape)}, {tuple(weight.shape)}"
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _under_autocast(x: Tensor) -> bool:
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _under_autocast(x) else x
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, row_offsets: tuple[int, ...], in_cpp: bool) -> Tensor:
-        matrix = weight.to(matrix_dtype(x.dtype, in_cpp))
+        # Torch's products want the weights cast; both passes can share that.
+        matrix = weight if in_cpp else weight.to(x.dtype)
         ctx.save_for_backward(x, matrix)
         ctx.weight_dtype, ctx.row_offsets, ctx.in_cpp = weight.dtype, row_offsets, in_cpp
         return grouped_matmul(x, matrix, row_offsets, in_cpp=in_cpp)
@@ -88,8 +93,8 @@ class _GroupedLinear(torch.autograd.Function):
         dx = grouped_matmul(dy, matrix, row_offsets, transposed=True, in_cpp=in_cpp) if needs_dx else None
         if not needs_dweight:
             return dx, None, None, None
-        dweight = grouped_outer_(dy, x, row_offsets, torch.empty_like(matrix), in_cpp=in_cpp)
-        return dx, dweight.to(ctx.weight_dtype), None, None
+        dweight = torch.empty_like(matrix, dtype=sum_dtype(x.dtype, in_cpp))
+        return dx, grouped_outer_(dy, x, row_offsets, dweight, in_cpp=in_cpp).to(ctx.weight_dtype), None, None
 
 
 class _GroupedBlockLinear(torch.autograd.Function):

@@ -14,37 +14,44 @@
 namespace moxe {
 namespace {
 
-// Rows (or outputs, where a sum runs over rows) that one task computes, and terms added up at a time.
-constexpr int64_t kRowsOfTask = 120, kOutputsOfTask = 48, kTerms = 512;
+// Rows and panels (or outputs, where a sum runs over rows) that one task computes, and terms added up at a time.
+constexpr int64_t kRowsOfTask = 120, kPanelsOfTask = 16, kOutputsOfTask = 48, kTerms = 512;
+static_assert(kTerms % 2 == 0, "a block of terms must be whole pairs");
 
 bool any_rows(at::IntArrayRef row_offsets, int64_t e) { return row_offsets[e] < row_offsets[e + 1]; }
 
-int64_t panels_for(int64_t columns, int64_t panel) { return (columns + panel - 1) / panel; }
+int64_t parts_of(int64_t count, int64_t part) { return (count + part - 1) / part; }
 
 template <class S>
-Tensor empty_elements(const Tensor& like, int64_t count) {
-  return at::empty({count * static_cast<int64_t>(sizeof(Element<S>))}, like.options().dtype(at::kByte));
+Tensor empty_elements(std::initializer_list<int64_t> sizes, int64_t of_panel) {
+  std::vector<int64_t> bytes(sizes);
+  bytes.push_back(of_panel * static_cast<int64_t>(sizeof(Element<S>)));
+  return at::empty(bytes, at::kByte);
 }
 
+// Rows whose numbers lie side by side and, if they are read as pairs, begin where a pair may.
 template <class S>
-void check_rows(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), "the numbers of a row must lie side by side");
-  if constexpr (kNumbersOfElement<S> > 1)
-    TORCH_CHECK(x.size(1) % 2 == 0 && x.stride(0) % 2 == 0, "rows of bfloat16 must have an even length");
+Tensor as_rows_of_elements(const Tensor& x) {
+  constexpr int64_t kNumbers = kNumbersOfElement<S>;
+  TORCH_CHECK(x.dim() == 2 && x.size(1) % kNumbers == 0, "rows of bfloat16 must have an even length");
+  const bool dense = x.numel() == 0 || x.size(1) == 1 || x.stride(1) == 1;
+  const bool whole = x.size(0) <= 1 || x.stride(0) % kNumbers == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % sizeof(Element<S>) == 0;
+  return dense && whole && aligned ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
-// Every group's weights as panels, [E, panels, terms in elements, kPanel].
-template <class S, class T = ComputeType<S>>
-Tensor packed_weights(const Tensor& weight, at::IntArrayRef row_offsets, bool transposed) {
+// Every group's weights, stored as W, as panels; those of a group without rows are left out.
+template <class S, class W, class T = ComputeType<S>>
+Tensor pack(const Tensor& weight, at::IntArrayRef row_offsets, bool transposed) {
   const int64_t groups = weight.size(0), O = weight.size(1), I = weight.size(2);
   const int64_t columns = transposed ? I : O, K = transposed ? O : I;
-  const int64_t panels = panels_for(columns, kPanel<T>), of_panel = elements_for<S>(K) * kPanel<T>;
-  const Tensor packed = empty_elements<S>(weight, groups * panels * of_panel);
+  const int64_t panels = parts_of(columns, kPanel<T>), of_panel = elements_for<S>(K) * kPanel<T>;
+  const Tensor packed = empty_elements<S>({groups, panels}, of_panel);
   for_each_task(groups * panels, [&](int64_t task) {
     const int64_t e = task / panels, first = task % panels * kPanel<T>;
     if (!any_rows(row_offsets, e)) return;
     const int64_t own = std::min(kPanel<T>, columns - first);
-    const T* from = data<const T>(weight) + e * O * I;
+    const W* from = data<const W>(weight) + e * O * I;
     Element<S>* to = data<Element<S>>(packed) + task * of_panel;
     if (transposed) {
       pack_rows<S>(K, own, from + first, I, kPanel<T>, to);
@@ -55,43 +62,55 @@ Tensor packed_weights(const Tensor& weight, at::IntArrayRef row_offsets, bool tr
   return packed;
 }
 
+// weight [E, O, I] as panels [E, panels, bytes] for products with rows stored as `stored`.
+Tensor pack_matrices(const Tensor& weight, at::ScalarType stored, at::IntArrayRef row_offsets, bool transposed) {
+  TORCH_CHECK(weight.dim() == 3 && weight.is_contiguous(), "weight must be contiguous [E, O, I]");
+  TORCH_CHECK(weight.size(0) == static_cast<int64_t>(row_offsets.size()) - 1, "weight must have a matrix a group");
+  const auto type = weight.scalar_type();
+  if (stored == at::kBFloat16) {
+    if (type == at::kBFloat16) return pack<BFloat16, BFloat16>(weight, row_offsets, transposed);
+    TORCH_CHECK(type == at::kFloat, "weight must be bfloat16 or float32");
+    return pack<BFloat16, float>(weight, row_offsets, transposed);
+  }
+  TORCH_CHECK(type == stored && (stored == at::kFloat || stored == at::kDouble), "weight must be stored as the rows");
+  return stored == at::kFloat ? pack<float, float>(weight, row_offsets, transposed)
+                              : pack<double, double>(weight, row_offsets, transposed);
+}
+
 template <class S, class T = ComputeType<S>>
-void matmul_of(const Tensor& x, const Tensor& weight, at::IntArrayRef row_offsets, bool transposed, const Tensor& y) {
-  check_rows<S>(x);
-  const int64_t K = elements_for<S>(x.size(1)), columns = y.size(1), ld = x.stride(0) / kNumbersOfElement<S>;
-  const int64_t panels = panels_for(columns, kPanel<T>), of_panel = K * kPanel<T>;
-  const Tensor packed = packed_weights<S>(weight, row_offsets, transposed);
+void multiply(const Tensor& x, const Tensor& packed, at::IntArrayRef row_offsets, const Tensor& y) {
+  const Tensor rows = as_rows_of_elements<S>(x);
+  const int64_t K = elements_for<S>(x.size(1)), columns = y.size(1), ld = rows.stride(0) / kNumbersOfElement<S>;
+  const int64_t panels = parts_of(columns, kPanel<T>), of_panel = K * kPanel<T>;
+  TORCH_CHECK(packed.size(1) == panels && packed.size(2) == of_panel * static_cast<int64_t>(sizeof(Element<S>)),
+              "the matrices were packed for other rows or columns");
   const auto blocks = row_blocks(row_offsets, kRowsOfTask);
-  for_each_task(blocks.size(), [&](int64_t task) {
-    const auto& [e, begin, end] = blocks[task];
-    const Element<S>* const rows = data<const Element<S>>(x) + begin * ld;
-    for (int64_t p = 0; p < panels; ++p)
-      panel_product<T, false>(end - begin, K, rows, ld, 1, data<const Element<S>>(packed) + (e * panels + p) * of_panel,
+  const int64_t runs = parts_of(panels, kPanelsOfTask);
+  for_each_task(blocks.size() * runs, [&](int64_t task) {
+    const auto& [e, begin, end] = blocks[task / runs];
+    const int64_t first = task % runs * kPanelsOfTask;
+    const Element<S>* const from = data<const Element<S>>(rows) + begin * ld;
+    for (int64_t p = first; p < std::min(first + kPanelsOfTask, panels); ++p)
+      panel_product<T, false>(end - begin, K, from, ld, 1, data<const Element<S>>(packed) + (e * panels + p) * of_panel,
                               std::min(kPanel<T>, columns - p * kPanel<T>),
                               data<S>(y) + begin * columns + p * kPanel<T>, columns);
   });
 }
 
-Tensor grouped_matmul(const Tensor& x, const Tensor& weight, at::IntArrayRef row_offsets, bool transposed) {
-  TORCH_CHECK(weight.is_contiguous() && weight.dtype() == core_options(x).dtype(),
-              "weight must be contiguous and of the type that x is computed in");
-  Tensor y = at::empty({x.size(0), weight.size(transposed ? 2 : 1)}, x.options());
-  by_stored_type(x, [&](auto stored) { matmul_of<decltype(stored)>(x, weight, row_offsets, transposed, y); });
+// y [N, columns] of rows x and packed matrices.
+Tensor multiply_packed(const Tensor& x, const Tensor& packed, at::IntArrayRef row_offsets, int64_t columns) {
+  TORCH_CHECK(row_offsets.back() == x.size(0), "there must be as many rows as row_offsets say");
+  Tensor y = at::empty({x.size(0), columns}, x.options());
+  by_stored_type(x, [&](auto stored) { multiply<decltype(stored)>(x, packed, row_offsets, y); });
   return y;
-}
-
-// Rows in blocks of kTerms, each a run of whole elements of one group.
-std::vector<RowBlock> blocks_of_terms(at::IntArrayRef row_offsets) {
-  static_assert(kTerms % 2 == 0);
-  return row_blocks(row_offsets, kTerms);
 }
 
 template <class S, class T = ComputeType<S>>
 void outer_of(const Tensor& dy, const Tensor& x, at::IntArrayRef row_offsets, const Tensor& total, bool add) {
   const int64_t groups = total.size(0), O = total.size(1), I = total.size(2);
-  const int64_t panels = panels_for(I, kPanel<T>), of_block = elements_for<S>(kTerms) * kPanel<T>;
-  const auto blocks = blocks_of_terms(row_offsets);
-  const Tensor packed = empty_elements<S>(x, static_cast<int64_t>(blocks.size()) * panels * of_block);
+  const int64_t panels = parts_of(I, kPanel<T>), of_block = elements_for<S>(kTerms) * kPanel<T>;
+  const auto blocks = row_blocks(row_offsets, kTerms);
+  const Tensor packed = empty_elements<S>({static_cast<int64_t>(blocks.size()), panels}, of_block);
   const auto panel_of = [&](int64_t block, int64_t p) {
     return data<Element<S>>(packed) + (block * panels + p) * of_block;
   };
@@ -101,7 +120,7 @@ void outer_of(const Tensor& dy, const Tensor& x, at::IntArrayRef row_offsets, co
     pack_rows<S>(end - begin, std::min(kPanel<T>, I - first), data<const S>(x) + begin * x.stride(0) + first,
                  x.stride(0), kPanel<T>, panel_of(task / panels, p));
   });
-  const int64_t of_group = (O + kOutputsOfTask - 1) / kOutputsOfTask;
+  const int64_t of_group = parts_of(O, kOutputsOfTask);
   for_each_task(groups * of_group, [&](int64_t task) {
     const int64_t e = task / of_group, first = task % of_group * kOutputsOfTask;
     const int64_t outputs = std::min(kOutputsOfTask, O - first);
@@ -129,11 +148,17 @@ void outer_of(const Tensor& dy, const Tensor& x, at::IntArrayRef row_offsets, co
 
 // total [E, O, I] (+)= the sum over each group's rows; overwritten unless `add`.
 void grouped_outer_(const Tensor& dy, const Tensor& x, at::IntArrayRef row_offsets, Tensor total, bool add) {
-  TORCH_CHECK(dy.dtype() == x.dtype() && dy.size(0) == x.size(0), "dy and x must be stored alike, row by row");
-  TORCH_CHECK(dy.stride(1) == 1 && x.stride(1) == 1, "the numbers of a row must lie side by side");
+  TORCH_CHECK(dy.dtype() == x.dtype() && dy.size(0) == x.size(0) && row_offsets.back() == x.size(0),
+              "dy and x must be stored alike, and have as many rows as row_offsets say");
+  TORCH_CHECK(total.sizes() == at::IntArrayRef({static_cast<int64_t>(row_offsets.size()) - 1, dy.size(1), x.size(1)}),
+              "total must be [E, O, I]");
   TORCH_CHECK(total.is_contiguous() && total.dtype() == core_options(x).dtype(),
               "total must be contiguous and of the type that x is computed in");
-  by_stored_type(x, [&](auto stored) { outer_of<decltype(stored)>(dy, x, row_offsets, total, add); });
+  const auto dense = [](const Tensor& rows) {
+    return rows.numel() == 0 || rows.size(1) == 1 || rows.stride(1) == 1 ? rows
+                                                                         : rows.clone(at::MemoryFormat::Contiguous);
+  };
+  by_stored_type(x, [&](auto stored) { outer_of<decltype(stored)>(dense(dy), dense(x), row_offsets, total, add); });
 }
 
 // Whether rows of a type go through these products rather than torch's, which is decided by the processor alone, so that
@@ -149,15 +174,19 @@ bool has_fast_matmul(at::ScalarType stored) {
   return false;
 }
 
+int64_t columns_of_panel(at::ScalarType stored) { return stored == at::kDouble ? kPanel<double> : kPanel<float>; }
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moxe, CPU, m) {
-  m.impl("grouped_matmul", &grouped_matmul);
+  m.impl("pack_matrices", &pack_matrices);
+  m.impl("multiply_packed", &multiply_packed);
   m.impl("grouped_outer_", &grouped_outer_);
 }
 
 TORCH_LIBRARY_IMPL(moxe, CompositeExplicitAutograd, m) {
   m.impl("has_fast_matmul", &has_fast_matmul);
+  m.impl("columns_of_panel", &columns_of_panel);
 }
 
 }  // namespace moxe

@@ -34,37 +34,61 @@ def multiplies_in_cpp(backend: str, device_type: str, dtype: torch.dtype, *sizes
 
 @torch.compiler.assume_constant_result
 def _has_fast_matmul(dtype: torch.dtype) -> bool:
-    return _asked(dtype)
+    return _library_has_fast_matmul(dtype)
 
 
 @cache
-def _asked(dtype: torch.dtype) -> bool:
+def _library_has_fast_matmul(dtype: torch.dtype) -> bool:
     return torch.ops.moxe.has_fast_matmul(dtype)
 
 
-def matrix_dtype(rows: torch.dtype, in_cpp: bool) -> torch.dtype:
-    """The dtype of the matrices that rows of a dtype are multiplied with."""
+def sum_dtype(rows: torch.dtype, in_cpp: bool) -> torch.dtype:
+    """The dtype that `grouped_outer_` of rows of a dtype sums up in."""
     return torch.promote_types(rows, torch.float32) if in_cpp else rows
+
+
+class Matrices:
+    """One matrix a group, made ready for products with rows of a dtype: of use where there are several products.
+
+    Args:
+        weight: [E, O, I]; C++ rounds float32 to bfloat16 rows' precision as it packs, torch gets it cast.
+        rows: the dtype of the rows; float32 rows want weights in float32 (or less), float64 rows any.
+        row_offsets: says which groups will have rows.
+        transposed: for products with weight[e] instead of weight[e].T.
+    """
+
+    def __init__(
+        self, weight: Tensor, rows: torch.dtype, row_offsets: Sequence[int], *, transposed: bool = False, in_cpp: bool
+    ) -> None:
+        self.in_cpp, self.transposed = in_cpp, transposed
+        self.columns = weight.shape[2 if transposed else 1]
+        if in_cpp:
+            readable = (rows, torch.float32) if rows == torch.bfloat16 else (rows,)
+            weight = weight if weight.dtype in readable else weight.to(rows)
+            self.matrices = torch.ops.moxe.pack_matrices(weight.contiguous(), rows, row_offsets, transposed)
+        else:
+            self.matrices = weight.to(rows)
+
+    def multiply(self, x: Tensor, row_offsets: Sequence[int]) -> Tensor:
+        """y[rows of e] = x[rows of e] @ weight[e].T, or @ weight[e] if transposed, in the dtype of x.
+
+        Args:
+            x: [N, I], or [N, O] if transposed.
+            row_offsets: may differ from that of the constructor, but no further group may have rows.
+        """
+        if self.in_cpp:
+            return torch.ops.moxe.multiply_packed(x, self.matrices, row_offsets, self.columns)
+        y = x.new_empty(len(x), self.columns)
+        for e, rows in groups_with_rows(row_offsets):
+            torch.mm(x[rows], self.matrices[e] if self.transposed else self.matrices[e].T, out=y[rows])
+        return y
 
 
 def grouped_matmul(
     x: Tensor, weight: Tensor, row_offsets: Sequence[int], *, transposed: bool = False, in_cpp: bool
 ) -> Tensor:
-    """y[rows of e] = x[rows of e] @ weight[e].T, or @ weight[e] if `transposed`.
-
-    Args:
-        x: [N, I], or [N, O] if `transposed`.
-        weight: [E, O, I] in `matrix_dtype`.
-
-    Returns:
-        [N, O], or [N, I] if `transposed`, in the dtype of x.
-    """
-    if in_cpp:
-        return torch.ops.moxe.grouped_matmul(_with_dense_rows(x), weight.contiguous(), row_offsets, transposed)
-    y = x.new_empty(len(x), weight.shape[2 if transposed else 1])
-    for e, rows in groups_with_rows(row_offsets):
-        torch.mm(x[rows], weight[e] if transposed else weight[e].T, out=y[rows])
-    return y
+    """One product of `Matrices`."""
+    return Matrices(weight, x.dtype, row_offsets, transposed=transposed, in_cpp=in_cpp).multiply(x, row_offsets)
 
 
 def grouped_outer_(
@@ -74,10 +98,10 @@ def grouped_outer_(
 
     Args:
         dy, x: [N, O] and [N, I] in one dtype.
-        total: [E, O, I] in `matrix_dtype`; it is overwritten and returned.
+        total: [E, O, I] in `sum_dtype`; it is overwritten and returned.
     """
     if in_cpp:
-        torch.ops.moxe.grouped_outer_(_with_dense_rows(dy), _with_dense_rows(x), row_offsets, total, add)
+        torch.ops.moxe.grouped_outer_(dy, x, row_offsets, total, add)
         return total
     if not add and len(groups_with_rows(row_offsets)) < len(total):
         total.zero_()
@@ -94,22 +118,31 @@ def groups_with_rows(row_offsets: Sequence[int]) -> list[tuple[int, slice]]:
     return [(e, slice(start, end)) for e, (start, end) in enumerate(bounds) if end > start]
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
-    pairs_begin_evenly = x.dtype != torch.bfloat16 or not (x.stride(0) % 2 or x.storage_offset() % 2)
-    return x if x.stride(1) == 1 and pairs_begin_evenly else x.contiguous()
-
-
 # The implementations are those of grouped_matmul.cpp.
 torch.library.define("moxe::has_fast_matmul", "(ScalarType stored) -> bool")
-torch.library.define("moxe::grouped_matmul", "(Tensor x, Tensor weight, int[] row_offsets, bool transposed) -> Tensor")
+torch.library.define(
+    "moxe::pack_matrices", "(Tensor weight, ScalarType rows, int[] row_offsets, bool transposed) -> Tensor"
+)
+torch.library.define("moxe::multiply_packed", "(Tensor x, Tensor packed, int[] row_offsets, int columns) -> Tensor")
+torch.library.define("moxe::columns_of_panel", "(ScalarType rows) -> int")
 torch.library.define(
     "moxe::grouped_outer_", "(Tensor dy, Tensor x, int[] row_offsets, Tensor(a!) total, bool add) -> ()"
 )
 
 
-@torch.library.register_fake("moxe::grouped_matmul")
-def _(x, weight, row_offsets, transposed):
-    return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
+@torch.library.register_fake("moxe::pack_matrices")
+def _(weight, rows, row_offsets, transposed):
+    groups, *sizes = weight.shape
+    columns, terms = reversed(sizes) if transposed else sizes
+    panel = torch.ops.moxe.columns_of_panel(rows)
+    numbers = -(-terms // 2) * 2 if rows == torch.bfloat16 else terms
+    shape = (groups, -(-columns // panel), numbers * panel * rows.itemsize)
+    return weight.new_empty(shape, dtype=torch.uint8)
+
+
+@torch.library.register_fake("moxe::multiply_packed")
+def _(x, packed, row_offsets, columns):
+    return x.new_empty(x.shape[0], columns)
 
 
 @torch.library.register_fake("moxe::grouped_outer_")

@@ -154,6 +154,12 @@ def a_state_of_another_precision(model: MoxEForCausalLM, ids: Tensor, cache: Mox
     return model(ids[:, :1], cache_params=cache).logits
 
 
+def a_state_kept_in_bfloat16(model: MoxEForCausalLM, ids: Tensor, cache: MoxECache) -> Tensor:
+    for state in cache.states.values():
+        state.update({name: x.bfloat16() for name, x in state.items()})
+    return model(ids[:, :1], cache_params=cache).logits
+
+
 NO_STEP = [
     with_gradients,
     under_autocast,
@@ -163,13 +169,14 @@ NO_STEP = [
     an_empty_cache,
     a_state_that_lies_apart,
     a_state_of_another_precision,
+    a_state_kept_in_bfloat16,
 ]
 
 
 @pytest.mark.parametrize("call", NO_STEP, ids=lambda call: call.__name__)
 @torch.no_grad()
 def test_what_is_no_step_takes_the_ordinary_path(call: Callable[..., Tensor], steps: list[int]):
-    dtype = torch.float32 if call is under_autocast else torch.float64
+    dtype = torch.float32 if call in (under_autocast, a_state_kept_in_bfloat16) else torch.float64
     model, ids = tiny_model(dtype), token_ids(2, 3)
     call(model, ids, prefilled(model, ids))
     assert steps == []

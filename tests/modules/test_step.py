@@ -183,6 +183,24 @@ def test_parameters_may_be_stored_in_several_types_and_need_not_be_contiguous(ki
     assert_close(out, expected, "step", "out")
 
 
+@pytest.mark.parametrize(("stored", "of_conv"), [(F32, BF16), (BF16, F32)], ids=["bf16 conv", "float32 conv"])
+@every_kind
+def test_what_the_convolution_keeps_may_be_stored_otherwise_than_the_weights(
+    kind: str, stored: torch.dtype, of_conv: torch.dtype
+):
+    blocks = make_blocks(kind, "odd").to(stored)
+    oracle = copy.deepcopy(blocks).double()
+    expected_state = empty_state(oracle, draw(5, SIZES["odd"]["hidden"], 0)[0].double())
+    state = {name: s.to(of_conv if name == "conv" else F32, copy=True) for name, s in expected_state.items()}
+    for token in range(3):
+        x, experts, weights = draw(5, SIZES["odd"]["hidden"], token)
+        out, expected = x.clone(), x.double()
+        blocks.step(x, experts, weights, FIRST, state, out)
+        step_by_forward(oracle, x.double(), experts, weights.double(), expected_state, expected)
+        expected_state["conv"] = expected_state["conv"].to(of_conv).double()
+        assert_close(out, expected, "step", "out")
+
+
 @every_kind
 def test_a_step_counts_as_a_change_of_the_state(kind: str):
     """Or a backward pass through an earlier token would read what is no longer there."""
@@ -205,6 +223,9 @@ def test_what_can_not_be_stepped_is_refused(kind: str):
         blocks.step(x, experts, weights, FIRST, {name: s[:1] for name, s in state.items()}, x.clone())
     with pytest.raises(RuntimeError, match=r"x and out must be contiguous \[N, D\]"):
         blocks.step(x, experts, weights, FIRST, state, x.double())
+    blocks.head_norm.weight.data = blocks.head_norm.weight.data[:, :-1]
+    with pytest.raises(RuntimeError, match=r"parameter \d+ must be of sizes"):
+        blocks.step(x, torch.full_like(experts[:, :1], FIRST), weights[:, :1], FIRST, state, x.clone())
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moxe.ops import cross_entropy
 from moxe.ops.cpu import build
 from moxe.ops.grouped_linear import grouped_linear
-from moxe.ops.grouped_matmul import grouped_matmul, grouped_outer_, matrix_dtype, multiplies_in_cpp
+from moxe.ops.grouped_matmul import Matrices, grouped_matmul, grouped_outer_, multiplies_in_cpp, sum_dtype
 from tests.tolerances import assert_close
 
 ROW_OFFSETS = {
@@ -41,10 +42,10 @@ def draw(row_offsets: tuple[int, ...], width: int, dtype: torch.dtype, seed: int
 
 
 def draw_matrices(row_offsets: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype, in_cpp: bool) -> Tensor:
-    """Of the dtype that rows of `dtype` are multiplied with; with rows of bfloat16, numbers that it holds exactly."""
+    """Of the dtype that sums over rows of `dtype` have; for rows of bfloat16, numbers that it holds exactly."""
     shape = (len(row_offsets) - 1, outputs, inputs)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-    return weight.to(matrix_dtype(dtype, in_cpp))
+    return weight.to(sum_dtype(dtype, in_cpp))
 
 
 def by_group(row_offsets: tuple[int, ...]) -> list[tuple[int, slice]]:
@@ -84,20 +85,43 @@ def test_sums_over_rows_are_those_of_a_loop_over_groups(
         assert_close(added, start.double() + sums, "grouped_linear", "added sums")
 
 
-def test_rows_may_lie_apart_and_begin_anywhere(in_cpp: bool):
-    for dtype in (torch.float32, torch.bfloat16):
-        wide = draw((0, 9), 21, dtype, 0)
-        weight = draw_matrices((0, 4, 9), 6, 10, dtype, in_cpp)
-        for first in (0, 3):
-            part = wide[:, first : first + 6]
-            expected = grouped_matmul(part.contiguous(), weight, (0, 4, 9), in_cpp=in_cpp)
-            actual = grouped_matmul(part, weight, (0, 4, 9), in_cpp=in_cpp)
-            assert_close(actual, expected, "grouped_linear", "y")
-            total = torch.empty(2, 4, 6, dtype=weight.dtype)
-            dy = wide[:, 1:5]
-            expected = grouped_outer_(dy.contiguous(), part.contiguous(), (0, 4, 9), total.clone(), in_cpp=in_cpp)
-            actual = grouped_outer_(dy, part, (0, 4, 9), total, in_cpp=in_cpp)
-            assert_close(actual, expected, "grouped_linear", "sums")
+@pytest.mark.parametrize("rows", [0, 1, 9])
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_may_lie_apart_and_begin_anywhere(dtype: torch.dtype, first: int, rows: int, in_cpp: bool):
+    row_offsets = (0, rows // 2, rows)
+    wide = draw(row_offsets, 21, dtype, 0)
+    weight = draw_matrices(row_offsets, 6, 10, dtype, in_cpp)
+    x, dy = wide[:, first : first + 6], wide[:, 1:5]
+    alike = x.clone(memory_format=torch.contiguous_format), dy.clone(memory_format=torch.contiguous_format)
+    expected = grouped_matmul(alike[0], weight, row_offsets, in_cpp=in_cpp)
+    assert_close(grouped_matmul(x, weight, row_offsets, in_cpp=in_cpp), expected, "grouped_linear", "y")
+    total = torch.empty(2, 4, 6, dtype=weight.dtype)
+    expected = grouped_outer_(alike[1], alike[0], row_offsets, total.clone(), in_cpp=in_cpp)
+    assert_close(grouped_outer_(dy, x, row_offsets, total, in_cpp=in_cpp), expected, "grouped_linear", "sums")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_a_gradient_of_one_number_repeated_is_taken(rows: int, backend: str):
+    """`y.sum()` sends back rows without strides."""
+    x = draw((0, rows), 6, torch.float32, 0).requires_grad_()
+    weight = torch.ones(1, 1, 6, requires_grad=True)
+    grouped_linear(x, weight, (0, rows), backend=backend).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.equal(torch.ones(rows, 6))
+    assert_close(weight.grad[0, 0], x.detach().double().sum(0), "grouped_linear")
+
+
+def test_matrices_are_ready_for_any_number_of_products(in_cpp: bool):
+    """In the rows' precision or, for C++, in float32 that is rounded to it."""
+    x = draw((0, 50), 8, torch.bfloat16, 0)
+    exact = draw_matrices((0, 50), 8, 70, torch.bfloat16, False)
+    for weight in (exact, exact.float()):
+        matrices = Matrices(weight, torch.bfloat16, (0, 50), in_cpp=in_cpp)
+        for part in x.split(20):
+            expected = part.double() @ exact[0].double().T
+            assert_close(matrices.multiply(part, (0, len(part))), expected, "grouped_linear", "y")
 
 
 @every_dtype
@@ -158,16 +182,66 @@ def test_pairs_of_bfloat16_need_even_rows_and_other_backends_need_no_cpp():
     assert not multiplies_in_cpp("cpu", "cpu", torch.float16, 64)
 
 
-@pytest.mark.parametrize("size", [32, 33], ids=["even", "odd"])
-def test_a_linear_layer_under_autocast_keeps_the_gradients_of_its_weights_in_float32(size: int, backend: str):
-    x = draw((0, 40), size, torch.float32, 0)
-    weight = torch.randn(1, 6, size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+@pytest.fixture
+def always_in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor would choose."""
+    if reason := build.why_unavailable():
+        pytest.skip(reason)
+    for module in ("grouped_linear", "cross_entropy"):
+        monkeypatch.setattr(f"moxe.ops.{module}.multiplies_in_cpp", lambda *arguments: True)
+
+
+@pytest.mark.usefixtures("always_in_cpp")
+def test_under_autocast_the_gradients_of_weights_stay_in_float32():
+    x = draw((0, 3, 40), 32, torch.bfloat16, 0).float().requires_grad_()
+    weight = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).bfloat16().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = grouped_linear(x, weight, (0, 40), backend=backend)
+        y = grouped_linear(x, weight, (0, 3, 40))
     assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
+    dy = torch.randint(-9, 10, y.shape, generator=torch.Generator().manual_seed(2))
+    dx, dweight = torch.autograd.grad(y, [x, weight], dy.to(y.dtype))
+    expected = torch.stack([dy[rows].double().T @ x[rows].double() for _, rows in by_group((0, 3, 40))])
+    assert_close(dweight, expected, "grouped_linear")  # float32's bound
+    exact = torch.cat([dy[rows].double() @ weight[e].double() for e, rows in by_group((0, 3, 40))])
+    assert_close(dx, exact, "grouped_linear", computed_in=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("always_in_cpp")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_head_in_cpp_has_the_loss_and_gradients_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cross_entropy, "_ENTRIES_AT_ONCE", 33 * 10)
+    hidden, weight = (draw((0, n), 6, dtype, n).requires_grad_() for n in (25, 33))
+    targets = torch.arange(25) % 7
+    targets[3] = cross_entropy.IGNORED
+    loss = cross_entropy.linear_cross_entropy(hidden, weight, targets, backend="cpu")
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    actual = loss, *torch.autograd.grad(loss, [hidden, weight])
+    for a, e in zip(actual, (expected, *torch.autograd.grad(expected, [hidden, weight])), strict=True):
+        assert_close(a, e.double(), "model")
+
+
+# torch.compile itself does what this warning is about when it follows an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("always_in_cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_function_gives_the_same(dtype: torch.dtype):
+    """One graph, through the fake kernels; `aot_eager` needs no C compiler."""
+    x = draw((0, 3, 40), 32, dtype, 0).requires_grad_()
+    weight = draw_matrices((0, 3, 40), 32, 6, dtype, False).requires_grad_()
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return grouped_linear(x, weight, (0, 3, 40)).float().square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, weight)
+    gradients = (torch.autograd.grad(value, [x, weight]) for value in (compiled, loss(x, weight)))
+    for a, e in zip(*gradients, strict=True):
+        assert a.equal(e)
+
+
+def test_dtypes_that_differ_are_refused_outside_autocast(backend: str):
+    with pytest.raises(ValueError, match=r"torch\.float32 and torch\.float64"):
+        grouped_linear(torch.ones(20, 4), torch.ones(1, 3, 4, dtype=torch.float64), (0, 20), backend=backend)
 
 
 def test_the_compiled_ops_keep_to_their_schemas_and_fake_kernels():
@@ -175,5 +249,8 @@ def test_the_compiled_ops_keep_to_their_schemas_and_fake_kernels():
         pytest.skip(reason)
     x, dy, weight = torch.ones(7, 6).bfloat16(), torch.ones(7, 4).bfloat16(), torch.ones(2, 4, 6)
     for rows, transposed in ((x, False), (dy, True)):
-        torch.library.opcheck(torch.ops.moxe.grouped_matmul, (rows, weight, [0, 3, 7], transposed))
+        pack = (weight, rows.dtype, [0, 3, 7], transposed)
+        torch.library.opcheck(torch.ops.moxe.pack_matrices, pack, test_utils=("test_schema", "test_faketensor"))
+        packed = torch.ops.moxe.pack_matrices(*pack)
+        torch.library.opcheck(torch.ops.moxe.multiply_packed, (rows, packed, [0, 3, 7], 4 if rows is x else 6))
     torch.library.opcheck(torch.ops.moxe.grouped_outer_, (dy, x, [0, 3, 7], weight, True))

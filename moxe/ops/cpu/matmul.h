@@ -42,6 +42,7 @@ int64_t elements_for(int64_t numbers) {
 }
 
 template <class T>
+  requires std::is_floating_point_v<T>
 inline void multiply_add(Vector<T>& total, T a, Vector<T> b) {
   total += a * b;
 }
@@ -61,22 +62,9 @@ inline Vector<uint32_t> load_elements(const Pair* from) {
   return x;
 }
 template <class T>
+  requires std::is_floating_point_v<T>
 inline Vector<T> load_elements(const T* from) {
   return load(from);
-}
-
-// Rows of X as elements of their consecutive numbers, kLanes of them.
-template <class S, class X>
-inline auto elements_of_row(const X* from) {
-  if constexpr (kNumbersOfElement<S> == 1) {
-    return load(from);
-  } else {
-    constexpr int kHalf = kLanes<float>;
-    HalfWords halves[2] = {narrow(load(from)), narrow(load(from + kHalf))};
-    Vector<uint32_t> pairs;
-    std::memcpy(&pairs, halves, sizeof pairs);
-    return pairs;
-  }
 }
 
 // A vector of numbers in the upper halves of what they are multiplied as.
@@ -90,6 +78,19 @@ inline HalfWords load_halves(const BFloat16* from, Part part) {
   HalfWords halves = {};
   std::memcpy(&halves, from, part.lanes * sizeof(BFloat16));
   return halves;
+}
+
+// Rows of X as elements of their consecutive numbers, kLanes of them.
+template <class S, class X>
+inline auto elements_of_row(const X* from) {
+  if constexpr (kNumbersOfElement<S> == 1) {
+    return load(from);
+  } else {
+    const HalfWords halves[2] = {load_halves(from, Whole{}), load_halves(from + kLanes<float>, Whole{})};
+    Vector<uint32_t> pairs;
+    std::memcpy(&pairs, halves, sizeof pairs);
+    return pairs;
+  }
 }
 
 template <class V, class E>

@@ -14,14 +14,6 @@ namespace moxe {
 
 constexpr int kNarrowRows = 8;
 
-template <class S>
-struct Rows {
-  S* start;
-  int64_t stride;
-
-  S* at(int64_t n) const { return start + n * stride; }
-};
-
 // Numbers as wide as T.
 template <class T>
 using LaneIndex = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -44,7 +36,13 @@ inline Vector<T> spread(Vector<T> x, LaneIndex<T> j) {
   static_assert(kBlock <= kLanes<T>);
   Vector<LaneIndex<T>> from;
   std::memcpy(&from, kFirstLanes<kBlock, T>.lanes, sizeof from);
+#if defined(__clang__)
+  Vector<T> y;
+  for (int lane = 0; lane < kLanes<T>; ++lane) y[lane] = x[from[lane] + j];
+  return y;
+#else
   return __builtin_shuffle(x, from + j);
+#endif
 }
 
 // One group's weights [C / kBlock, kBlock, kBlock] as [vectors, kBlock, lanes]: input j's weights, output by output; or

@@ -67,6 +67,14 @@ inline void check_rows(const Tensor& x, const Tensor& experts, const Tensor& out
               "x and out must be contiguous [N, D], both float32 or both float64");
 }
 
+// Parameters against their sizes, in order.
+template <size_t kCount>
+void check_parameters(const std::array<Tensor, kCount>& parameters, const std::array<at::DimVector, kCount>& sizes) {
+  for (size_t i = 0; i < kCount; ++i)
+    TORCH_CHECK(parameters[i].sizes() == at::IntArrayRef(sizes[i]), "parameter ", i, " must be of sizes ",
+                at::IntArrayRef(sizes[i]), ", not ", parameters[i].sizes());
+}
+
 inline void check_state(const Tensor& state, const Tensor& x, at::IntArrayRef of_choice) {
   std::vector<int64_t> sizes = {x.size(0)};
   sizes.insert(sizes.end(), of_choice.begin(), of_choice.end());

@@ -70,6 +70,19 @@ inline auto by_stored_types(const Tensor& x, at::ScalarType result, const F& bod
 // A matrix whose rows are consecutive numbers; the rows themselves may lie apart.
 inline Tensor with_dense_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
 
+// Rows of consecutive numbers, which themselves may lie apart.
+template <class S>
+struct Rows {
+  S* start;
+  int64_t stride;
+
+  S* at(int64_t n) const { return start + n * stride; }
+};
+template <class S>
+Rows<S> rows_of(const Tensor& x) {
+  return {data<S>(x), x.stride(0)};
+}
+
 // Runs body(0) to body(count - 1) on torch's threads, each task taken by the next free thread; the order of a task's own
 // arithmetic does not depend on the number of threads.
 template <class F>

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> mlstm_gates(const Tensor& q, const Tensor& k, const T
   by_stored_type(q, [&](auto stored) {
     using S = decltype(stored);
     using T = ComputeType<S>;
-    const auto sources = sources_of<S, const S>(q, k, v);
+    const Sources<const S> sources = {rows_of<const S>(q), rows_of<const S>(k), rows_of<const S>(v)};
     const Gates<T> out = {data<T>(igate), data<T>(fgate)};
     for_each_task(pieces.size(), [&](int64_t task) {
       const RowBlock piece = pieces[task];
@@ -77,21 +77,21 @@ void backward_of_piece(const GateSizes& sizes, const RowBlock& piece, const Gate
     for (int s = 0; s < kSources; ++s) {
       const T* w = weight + s * channels;
       T* const dw = sums + s * channels;
-      const S* x = sources[s].start + begin * sources[s].row;
-      S* dx = dsources[s].start + begin * dsources[s].row;
+      const S* x = sources[s].at(begin);
+      S* dx = dsources[s].at(begin);
       if constexpr (std::is_same_v<S, T>) {
-        gemm<T, true>(gates, channels, rows, d, 1, gates, x, sources[s].row, dw, sizes.inputs());
-        gemm<T, false>(rows, channels, gates, d, gates, 1, w, sizes.inputs(), dx, dsources[s].row);
+        gemm<T, true>(gates, channels, rows, d, 1, gates, x, sources[s].stride, dw, sizes.inputs());
+        gemm<T, false>(rows, channels, gates, d, gates, 1, w, sizes.inputs(), dx, dsources[s].stride);
       } else {
         for (int64_t n = 0; n < rows; ++n)
           for_each_vector<T>(channels, [&](int64_t c, auto lanes) {
-            store(copy + n * channels + c, load(x + n * sources[s].row + c, lanes), lanes);
+            store(copy + n * channels + c, load(x + n * sources[s].stride + c, lanes), lanes);
           });
         gemm<T, true>(gates, channels, rows, d, 1, gates, copy, channels, dw, sizes.inputs());
         gemm<T, false>(rows, channels, gates, d, gates, 1, w, sizes.inputs(), copy, channels);
         for (int64_t n = 0; n < rows; ++n)
           for_each_vector<T>(channels, [&](int64_t c, auto lanes) {
-            store(dx + n * dsources[s].row + c, load(copy + n * channels + c, lanes), lanes);
+            store(dx + n * dsources[s].stride + c, load(copy + n * channels + c, lanes), lanes);
           });
       }
     }
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_gates_backward(const Te
   by_stored_type(q, [&](auto stored) {
     using S = decltype(stored);
     using T = ComputeType<S>;
-    const auto sources = sources_of<S, const S>(q, k, v);
-    const auto dsources = sources_of<S, S>(dq, dk, dv);
+    const Sources<const S> sources = {rows_of<const S>(q), rows_of<const S>(k), rows_of<const S>(v)};
+    const Sources<S> dsources = {rows_of<S>(dq), rows_of<S>(dk), rows_of<S>(dv)};
     const Gates<const T> dgates = {data<T>(digate), data<T>(dfgate)};
     for_each_task(pieces.size(), [&](int64_t i) {
       backward_of_piece<S>(sizes, pieces[i], dgates, sources, data<T>(weight) + pieces[i].group * sizes.weights(),

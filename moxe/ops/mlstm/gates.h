@@ -23,19 +23,9 @@ struct GateSizes {
   int64_t weights() const { return gates() * inputs(); }
 };
 
-// q, k and v, whose rows may lie apart.
+// q, k and v.
 template <class S>
-struct Source {
-  S* start;
-  int64_t row;
-};
-template <class S>
-using Sources = std::array<Source<S>, kSources>;
-
-template <class S, class T>
-Sources<T> sources_of(const Tensor& q, const Tensor& k, const Tensor& v) {
-  return {{{data<S>(q), q.stride(0)}, {data<S>(k), k.stride(0)}, {data<S>(v), v.stride(0)}}};
-}
+using Sources = std::array<Rows<S>, kSources>;
 
 // igate and fgate, [N, H] each.
 template <class T>
@@ -66,8 +56,8 @@ void gates_of_tile(const GateSizes& sizes, const Sources<const S>& sources, int6
   const int64_t inputs = sizes.inputs(), channels = sizes.channels;
   Vector<T> total[kRows][kGates] = {};
   for (int s = 0; s < kSources; ++s) {
-    const int64_t row = sources[s].row;
-    const S* x = sources[s].start + n * row;
+    const int64_t row = sources[s].stride;
+    const S* x = sources[s].at(n);
     const T* w = weight + gate * inputs + s * channels;
     // Not `for_each_vector`: behind its body, the compiler would keep the totals in memory.
     int64_t c = 0;

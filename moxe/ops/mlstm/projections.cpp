@@ -36,13 +36,9 @@ struct Sums {
   int64_t size() const { return gate_bias() + gates.gates(); }
 };
 
-template <class S, class T = ComputeType<S>>
-Rows<S> rows_of(const Tensor& x) {
-  return {data<S>(x), x.stride(0)};
-}
-
+// As the gates read them.
 template <class S>
-Sources<const S> sources_of(const std::array<Rows<S>, kSources>& rows) {
+Sources<const S> as_sources(const Sources<S>& rows) {
   Sources<const S> sources;
   for (int s = 0; s < kSources; ++s) sources[s] = {rows[s].start, rows[s].stride};
   return sources;
@@ -61,7 +57,7 @@ void project_rows(int64_t channels, int64_t n, const Rows<const S>& x, const T* 
 template <int kBlock, class S, class T = ComputeType<S>>
 void project(const GateSizes& sizes, at::IntArrayRef row_offsets, const Branches<const S>& x,
              const std::array<Tensor, kSources>& weights, const T* gate_weight, const T* gate_bias,
-             const std::array<Rows<S>, kSources>& y, const Gates<T>& gates) {
+             const Sources<S>& y, const Gates<T>& gates) {
   const int64_t channels = sizes.channels, size = spread_size<T>(channels, kBlock);
   std::array<Tensor, kSources> spread;
   for (int s = 0; s < kSources; ++s) spread[s] = spread_groups<kBlock, T>(channels, weights[s], false);
@@ -73,7 +69,7 @@ void project(const GateSizes& sizes, at::IntArrayRef row_offsets, const Branches
         project_rows<kBlock, S, T, rows()>(channels, n, x.of(s), data<T>(spread[s]) + e * size, y[s]);
       constexpr int kAtOnce = rows() < kTileRowsOfGates ? rows() : kTileRowsOfGates;
       for (int r = 0; r < rows(); r += kAtOnce)
-        gates_of_rows<S, kAtOnce>(sizes, sources_of(y), n + r, gate_weight + e * sizes.weights(),
+        gates_of_rows<S, kAtOnce>(sizes, as_sources(y), n + r, gate_weight + e * sizes.weights(),
                                   gate_bias + e * sizes.gates(), gates);
     });
   });
@@ -124,13 +120,13 @@ void branch_backward(const GateSizes& sizes, int64_t n, const T* dgates, const R
 template <class S>
 struct Gradients {
   Gates<const ComputeType<S>> gates;
-  std::array<Rows<const S>, kSources> of_source;
+  Sources<const S> of_source;
   Branches<S> of_branch;
 };
 
 template <int kBlock, class S, class T = ComputeType<S>>
 void backward_of_piece(const Sums<T>& at, const RowBlock& piece, const Gradients<S>& d, const Branches<const S>& x,
-                       const std::array<Rows<const S>, kSources>& y, const std::array<const T*, kSources>& transposed,
+                       const Sources<const S>& y, const std::array<const T*, kSources>& transposed,
                        const T* gate_weight, T* sums) {
   const int64_t gates = at.gates.gates(), channels = at.gates.channels;
   std::fill_n(sums, at.size(), T(0));
@@ -154,7 +150,7 @@ void backward_of_piece(const Sums<T>& at, const RowBlock& piece, const Gradients
 
 template <int kBlock, class S, class T = ComputeType<S>>
 void project_backward(const GateSizes& sizes, at::IntArrayRef row_offsets, const Gradients<S>& d,
-                      const Branches<const S>& x, const std::array<Rows<const S>, kSources>& y,
+                      const Branches<const S>& x, const Sources<const S>& y,
                       const std::array<Tensor, kSources>& weights, const T* gate_weight,
                       const std::array<T*, kSources>& dweights, T* dgate_weight, T* dgate_bias) {
   const int64_t channels = sizes.channels, groups = weights[0].size(0);
@@ -183,7 +179,7 @@ void project_backward(const GateSizes& sizes, at::IntArrayRef row_offsets, const
 void check(const Tensor& convolved, const Tensor& branch, const Tensor& q_weight, const Tensor& k_weight,
            const Tensor& v_weight, const Tensor& gate_weight) {
   for (const Tensor& x : {convolved, branch}) {
-    TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, "the channels of the branches must lie side by side");
+    TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1 || x.numel() == 0, "the channels of the branches must lie side by side");
     TORCH_CHECK(x.dtype() == convolved.dtype(), "the branches must be stored alike");
   }
   const auto parameters = core_options(convolved).dtype();

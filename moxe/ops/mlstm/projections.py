@@ -85,11 +85,11 @@ def _check(
 
 @torch.compiler.assume_constant_result
 def _fits_in_vector(dtype: torch.dtype, block: int) -> bool:
-    return _asked(dtype, block)
+    return _library_fits_in_vector(dtype, block)
 
 
 @cache
-def _asked(dtype: torch.dtype, block: int) -> bool:
+def _library_fits_in_vector(dtype: torch.dtype, block: int) -> bool:
     return torch.ops.moxe.fits_in_vector(dtype, block)
 
 

@@ -1,7 +1,7 @@
 // One token of a few rows through mLSTM blocks, as in decoding: the equations are those of the block, the state changes
 // in place, and each choice reads its block's weights once, as they are stored.
 //
-// Legend: N rows, K choices a row, E blocks, B = N rows of state, D hidden size, I inner size, H heads, Dh = I / H,
+// Legend: N rows, K choices a row, E blocks, D hidden size, I inner size, H heads, Dh = I / H,
 // Q diagonal blocks, T taps.
 //
 // Three rounds of tasks: channels of the up-projection with all that follows from them alone (convolution, q, k, v and
@@ -172,6 +172,21 @@ void mlstm_step(const Tensor& x, const Tensor& experts, const Tensor& weights, i
   const auto of = stored_alike<kParameters>({norm, up_proj, conv_weight, conv_bias, q_proj, k_proj, v_proj, gate_weight,
                                              gate_bias, head_norm, skip, down_proj},
                                             x.scalar_type());
+  const int64_t hidden = sizes.hidden, taps = sizes.taps, width = sizes.block(), gates = sizes.gates();
+  TORCH_CHECK(inner % heads == 0 && inner % sizes.diagonal == 0, inner, " channels can not be shared out");
+  const at::DimVector projection = {blocks, sizes.diagonal, width, width}, of_channels = {blocks, inner};
+  check_parameters<kParameters>(of, {{{blocks, hidden},
+                                      {blocks, 2 * inner, hidden},
+                                      {blocks, inner, taps},
+                                      of_channels,
+                                      projection,
+                                      projection,
+                                      projection,
+                                      {blocks, gates, kSources * inner},
+                                      {blocks, gates},
+                                      of_channels,
+                                      of_channels,
+                                      {blocks, hidden, inner}}});
   TORCH_CHECK((of[kUp].scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble),
               "x must be float64 where parameters are, and only there");
   by_stored_types(of[kUp], conv.scalar_type(), [&](auto w, auto s) {

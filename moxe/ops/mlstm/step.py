@@ -50,7 +50,8 @@ def mlstm_step(
         first: number of the first of these blocks; choices outside [first, first + E) are left alone.
         parameters: norm [E, D], up_proj [E, 2 I, D], conv_weight [E, I, T], conv_bias [E, I], q_proj, k_proj and v_proj
             [E, Q, I / Q, I / Q], gate_weight [E, 2 H, 3 I], gate_bias [E, 2 H], head_norm [E, I], skip [E, I],
-            down_proj [E, D, I]; they are read as they are stored, float64, float32 or bfloat16.
+            down_proj [E, D, I]; they are read as they are stored, float64, float32 or bfloat16;
+            where they are not stored alike, every token copies them.
         heads: H.
         eps: is added to the variances of both norms.
         state: conv [N, E, T - 1, I] (bfloat16 too), c [N, E, H, Dh, Dh], n [N, E, H, Dh] and m [N, E, H], contiguous;

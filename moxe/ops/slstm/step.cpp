@@ -1,7 +1,7 @@
 // One token of a few rows through sLSTM blocks, as in decoding: the equations are those of the block, the state changes
 // in place, and each choice reads its block's weights once, as they are stored.
 //
-// Legend: N rows, K choices a row, E blocks, B = N rows of state, D hidden size, H heads, Dh = D / H, T taps, F width
+// Legend: N rows, K choices a row, E blocks, D hidden size, H heads, Dh = D / H, T taps, F width
 // of the feed-forward part.
 //
 // Three rounds of tasks: heads, from the convolution to the normalised output of the cell; pairs of outputs of the
@@ -151,6 +151,20 @@ void slstm_step(const Tensor& x, const Tensor& experts, const Tensor& weights, i
   const auto of = stored_alike<kParameters>({norm, conv_weight, conv_bias, if_proj, zo_proj, recurrent_weight,
                                              gate_bias, head_norm, ffn_norm, up_proj, down_proj},
                                             x.scalar_type());
+  const int64_t hidden = sizes.hidden, heads = sizes.heads, size = sizes.head();
+  TORCH_CHECK(hidden % heads == 0, hidden, " channels can not be shared out among ", heads, " heads");
+  const at::DimVector of_channels = {blocks, hidden}, projection = {blocks, heads, size, 2 * size};
+  check_parameters<kParameters>(of, {{of_channels,
+                                      {blocks, hidden, sizes.taps},
+                                      of_channels,
+                                      projection,
+                                      projection,
+                                      {blocks, heads, size, kGates, size},
+                                      {blocks, heads, kGates, size},
+                                      of_channels,
+                                      of_channels,
+                                      {blocks, 2 * sizes.width, hidden},
+                                      {blocks, hidden, sizes.width}}});
   TORCH_CHECK((of[kUp].scalar_type() == at::kDouble) == (x.scalar_type() == at::kDouble),
               "x must be float64 where parameters are, and only there");
   by_stored_types(of[kUp], conv.scalar_type(), [&](auto w, auto s) {

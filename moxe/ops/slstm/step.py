@@ -49,7 +49,8 @@ def slstm_step(
         first: number of the first of these blocks; choices outside [first, first + E) are left alone.
         parameters: norm [E, D], conv_weight [E, D, T], conv_bias [E, D], if_proj and zo_proj [E, H, Dh, 2 Dh],
             recurrent_weight [E, H, Dh, 4, Dh], gate_bias [E, H, 4, Dh], head_norm [E, D], ffn_norm [E, D], up_proj
-            [E, 2 F, D], down_proj [E, D, F]; they are read as they are stored, float64, float32 or bfloat16.
+            [E, 2 F, D], down_proj [E, D, F]; they are read as they are stored, float64, float32 or bfloat16;
+            where they are not stored alike, every token copies them.
         eps: is added to the variances of all three norms.
         state: conv [N, E, T - 1, D] (bfloat16 too) and c, n, m, h [N, E, H, Dh], contiguous; row n belongs to x_n. What
             belongs to a block that a row does not choose stays.

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from moxe.benchmarks.report import Figure, Report
 
@@ -106,8 +107,9 @@ def _draw_decoding(report: Report) -> Picture:
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.set_xticks([], minor=True)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=8, which="both")
         axes.set_xlabel("context, tokens")
         axes.set_ylabel(label)

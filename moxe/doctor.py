@@ -88,7 +88,15 @@ def _check_slstm(backend: str, device: str) -> tuple[list[Tensor], list[Tensor]]
 
 def _check_model(backend: str, device: str) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    config = MoxEConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=2, num_experts=4, backend=backend)
+    config = MoxEConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=2,
+        num_experts=4,
+        qkv_block_size=4,  # fits into a vector of float64 on every processor: the path that a default model takes
+        backend=backend,
+    )
     model = MoxEForCausalLM(config).double().train()
     torch.nn.Module.to(model, device)
     ids = torch.randint(0, 61, (3, 29), generator=torch.Generator().manual_seed(0)).to(device)

@@ -51,8 +51,8 @@ class Matrices:
     """One matrix a group, made ready for products with rows of a dtype: of use where there are several products.
 
     Args:
-        weight: [E, O, I]; C++ rounds float32 to bfloat16 rows' precision as it packs, torch gets it cast.
-        rows: the dtype of the rows; float32 rows want weights in float32 (or less), float64 rows any.
+        weight: [E, O, I]; cast to the dtype of the rows, by the C++ as it packs where that is bfloat16.
+        rows: the dtype of the rows.
         row_offsets: says which groups will have rows.
         transposed: for products with weight[e] instead of weight[e].T.
     """

@@ -199,17 +199,18 @@ def test_a_check_that_fails_leaves_no_figures(monkeypatch, question):
     assert not report.rows
 
 
-def test_a_wrong_gradient_fails_the_check_of_the_model(monkeypatch):
+@pytest.mark.parametrize(("dtype", "by"), [("float64", 1e-6), ("float32", 0.1)])
+def test_a_wrong_gradient_fails_the_check_of_the_model(dtype: str, by: float, monkeypatch):
     made = checks.tiny_model
 
-    def wrong(backend: str):
-        model = made(backend)
-        if backend == "auto":
-            model.lm_head.weight.data[0, 0] += 1e-6
+    def wrong(backend: str, *arguments, **settings):
+        model = made(backend, *arguments, **settings)
+        if backend == "auto" and model.dtype == getattr(torch, dtype):
+            model.lm_head.weight.data[0, 0] += by
         return model
 
     monkeypatch.setattr(checks, "tiny_model", wrong)
-    with pytest.raises(CheckFailed, match="loss and gradients of a float64 model against the reference"):
+    with pytest.raises(CheckFailed, match=f"loss and gradients of a {dtype} model against the reference"):
         checks.check_model(length=5)
 
 

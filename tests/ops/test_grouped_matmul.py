@@ -6,6 +6,7 @@ Legend: N rows, E groups, I inputs, O outputs.
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,19 @@ def test_no_uninitialised_memory_is_ever_read(row_offsets: tuple[int, ...], dtyp
     y = grouped_matmul(x, weight, row_offsets, in_cpp=in_cpp)
     assert y.isfinite().all()
     assert grouped_outer_(dy, x, row_offsets, torch.empty_like(weight), in_cpp=in_cpp).isfinite().all()
+
+
+def test_the_processor_decides_which_products_run_in_cpp():
+    if reason := build.why_unavailable():
+        pytest.skip(reason)
+    try:
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        pytest.skip("this system does not say what its processor is")
+    flags = set(processor.split())
+    assert multiplies_in_cpp("cpu", "cpu", torch.float32) == ("AuthenticAMD" in flags and "avx" in flags)
+    pairs = "avx512_bf16" in flags and "amx_bf16" not in flags
+    assert multiplies_in_cpp("cpu", "cpu", torch.bfloat16) == pairs
 
 
 def test_pairs_of_bfloat16_need_even_rows_and_other_backends_need_no_cpp():

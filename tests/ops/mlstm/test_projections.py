@@ -97,6 +97,17 @@ def test_of_bfloat16_everything_is_summed_in_float32_and_rounded_once(block: int
     check_against_loop((0, 9, 9, 28), 3, block, 2, torch.bfloat16, backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_blocks_that_fit_into_a_vector_go_through_one_pass(dtype: torch.dtype, backend: str):
+    lanes = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16) // dtype.itemsize
+    for block in (3, 4, 16):
+        q, *_ = mlstm_projections(**draw((0, 5), 3, block, 2, dtype), row_offsets=(0, 5), backend=backend)
+        assert q.grad_fn is not None
+        in_one_pass = "MLSTMProjectionsCpu" in q.grad_fn.name()
+        assert in_one_pass == (block in (4, 16) and block <= lanes)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @every_grouping
 def test_no_uninitialised_memory_is_ever_read(row_offsets: tuple[int, ...], backend: str):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moxe.errors import UserError
 from moxe.ops.cpu import build
 
 BACKENDS = ("reference", "torch", "cpu")
@@ -30,17 +31,17 @@ def resolve_backend(name: str, device_type: str) -> str:
     """The backend that `name` means on a device.
 
     Raises:
-        ValueError: when there is no backend of that name, or not for that device or on this machine.
+        UserError: when there is no backend of that name, or not for that device or on this machine.
     """
     if name == "auto":
         return _automatic(device_type)
     if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not one of: auto, {', '.join(BACKENDS)}")
+        raise UserError(f"backend={name!r} is not one of: auto, {', '.join(BACKENDS)}")
     if name == "cpu":
         if device_type != "cpu":
-            raise ValueError(f"backend='cpu' is for tensors on the CPU, not on {device_type!r}: use 'torch' or 'auto'")
+            raise UserError(f"backend='cpu' is for tensors on the CPU, not on {device_type!r}: use 'torch' or 'auto'")
         if reason := _why_no_cpu():
-            raise ValueError(reason)
+            raise UserError(reason)
     return name
 
 

@@ -27,6 +27,7 @@ from moxe.evaluation.perplexity import evaluate_perplexity
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.observability.metrics import MetricsFile
 from moxe.observability.plots import draw_run
+from moxe.ops.backend import resolve_backend
 from moxe.recipe import Recipe
 from moxe.training.callbacks import ConsoleProgress
 from moxe.training.config import TrainingConfig
@@ -49,7 +50,8 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     run goes on from its last checkpoint, if there is one.
 
     Raises:
-        UserError: for data, a tokenizer or a run folder that cannot be used, and when the gradient stops being finite.
+        UserError: for data, a tokenizer, a backend or a run folder that cannot be used, and when the gradient stops
+            being finite.
     """
     training = recipe.training
     _require_reporters(training)
@@ -57,6 +59,7 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     checkpoint = folder.check(recipe)
     with process_settings(training):
         arguments = training_arguments(recipe)
+        resolve_backend(recipe.model["backend"], arguments.device.type)  # before anything is written
         is_main = arguments.process_index == 0
         console = (console or Console()) if is_main else Console(quiet=True)
         with arguments.main_process_first():

@@ -20,6 +20,7 @@ from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import PackedStream
 from moxe.errors import UserError
 from moxe.observability.metrics import MetricsFile, read_metrics
+from moxe.ops.cpu import build
 from moxe.recipe import Recipe, load_recipe
 from moxe.training.config import TrainingConfig
 from moxe.training.run import RunResult, process_settings, train
@@ -270,6 +271,15 @@ def test_an_endless_stream_needs_a_number_of_steps(make_recipe, monkeypatch: pyt
     assert result.evaluation["baselines"]["bigram"] is None
     assert result.evaluation["sample"] is None
     assert logged_steps(result.path) == ALL_STEPS
+
+
+def test_a_backend_that_is_not_here_is_refused_before_anything_is_written(text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "why_unavailable", lambda: "no compiler: install one")
+    recipe = tiny_recipe(text_file, tmp_path)
+    recipe.model["backend"] = "cpu"
+    with pytest.raises(UserError, match="no compiler: install one"):
+        train(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reporter_that_is_not_installed_is_refused(make_recipe, monkeypatch: pytest.MonkeyPatch):

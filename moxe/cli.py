@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import moxe
 from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
-from moxe.errors import UserError
+from moxe.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from moxe.doctor import Diagnosis
@@ -36,11 +36,19 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: exit code 0, 1 for a failed benchmark or a wrong backend, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command.
+
+    Returns:
+        0; 1 for a failed benchmark, a wrong backend or a resume that is not exact; 2 for bad input; 128 plus the number
+        of the signal that stopped it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
+    except Stopped as stopped:
+        print(f"\nmoxe: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print("\nmoxe: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -69,7 +77,8 @@ def train(args: argparse.Namespace) -> None:
     from moxe.recipe import load_recipe
     from moxe.training.run import train as run_training
 
-    run_training(load_recipe(args.recipe, args.overrides))
+    names = [("training.name", args.name)] if args.name is not None else []
+    run_training(load_recipe(args.recipe, [*args.overrides, *names]))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -177,6 +186,25 @@ def doctor(args: argparse.Namespace) -> int:
     return 0 if all(diagnosis.is_right for diagnosis in found) else EXIT_FAILED
 
 
+def verify_resume(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from moxe.recipe import load_recipe
+    from moxe.training.verify_resume import verify_resume as verify
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    with tempfile.TemporaryDirectory(prefix="moxe-verify-resume-") as temporary:
+        found = verify(recipe, args.out or Path(temporary, "runs"), kills=args.kills, **_given(args, "seed"))
+    saving = sum(kill.while_saving for kill in found.kills)
+    print(f"\nkilled {len(found.kills)} times, {saving} of them in the middle of a save")
+    for name, expected in found.undisturbed.items():
+        digest = found.killed.get(name, "missing")
+        print(f"{'same' if digest == expected else 'DIFFERENT'}  {name}  SHA-256 {expected}")
+        if digest != expected:
+            print(f"{'':9}  {'':{len(name)}}  killed  {digest}")
+    return 0 if found.is_exact else EXIT_FAILED
+
+
 def _print_diagnoses(found: Sequence[Diagnosis], automatic: str) -> None:
     print("Largest difference from the backend 'reference' in float64, as a part of the largest value:\n")
     for diagnosis in found:
@@ -258,6 +286,7 @@ examples:
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
   moxe doctor                                           which backends are here, and whether they are right
+  moxe verify-resume default                            kill a training, go on, compare the weights
   moxe bench training decoding                          speed and memory on this machine, beside other models
 
 `moxe COMMAND --help` says more about a command.""",
@@ -287,11 +316,11 @@ examples:
 A recipe is YAML with the sections model, data and training. Any setting can be overridden:
   moxe train default --training.learning_rate 1e-3 --model.num_experts=4
 
-The run writes its weights, tokenizer, metrics and pictures to <training.output_dir>/<name>/.""",
+The run writes its weights, tokenizer, metrics and pictures to <training.output_dir>/<name>/. The same command goes on
+with a run that was stopped, exactly; a finished run is left alone. Ctrl-C and SIGTERM finish the step and save.""",
     )
-    sub.add_argument(
-        "recipe", metavar="RECIPE", help="default, fineweb-edu, local-text, moxe-340m, or the path of a YAML file"
-    )
+    _add_recipe(sub)
+    sub.add_argument("--name", metavar="NAME", help="name of the run (default: that of the recipe)")
     _add_overrides(sub)
 
     sub = command(
@@ -351,6 +380,21 @@ they lie from the reference. The backend cpu is compiled first if it has not bee
     _add_json(sub)
 
     sub = command(
+        "verify-resume",
+        verify_resume,
+        "kill a training at random points and see whether it ends the same",
+        """\
+Trains the recipe twice: once undisturbed, once killed with SIGKILL at random points, half of them in the middle of a
+save, and started again by the same command each time. Compares what both leave by SHA-256. A short run will do:
+  moxe verify-resume default --training.max_steps 60 --training.save_steps 10""",
+    )
+    _add_recipe(sub)
+    sub.add_argument("--kills", type=_whole_number(1), default=3, metavar="N", help="kills (default: %(default)s)")
+    sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="of the random points (default: 0)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="keep both runs in this folder (default: remove them)")
+    _add_overrides(sub)
+
+    sub = command(
         "bench",
         bench,
         "measure speed and memory on this machine",
@@ -365,6 +409,12 @@ they lie from the reference. The backend cpu is compiled first if it has not bee
     sub.add_argument("--threads", type=_whole_number(1), metavar="N", help="threads (default: as torch chooses)")
     sub.add_argument("--compile", action="store_true", help="let the transformers models try torch.compile too")
     return parser, commands.choices
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="default, fineweb-edu, local-text, moxe-340m, or the path of a YAML file"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

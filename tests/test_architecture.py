@@ -26,6 +26,7 @@ LAYERS = (
     {"data", "evaluation", "observability"},
     {"recipe", "training", "benchmarks", "doctor"},
     {"cli"},
+    {"__main__"},
 )
 ALLOWED_SIDEWAYS = {"recipe", "training"}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

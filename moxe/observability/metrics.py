@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, a training line every `logging_steps` and a line for every validation.
 
 Training line: step, epoch, tokens (read so far), learning_rate, loss and its terms (means over the steps since the
-last line, or since the run was resumed), gradient_norm (before clipping, of the last step), tokens_per_second, layers
+last line), gradient_norm (before clipping, of the last step), tokens_per_second, layers
 (one object of RoutingStatistics a layer). Validation line: step, epoch, tokens, validation_loss and the terms as
 validation_lm_loss and so on (means over the held-out tokens), validation_tokens, validation_layers.
 """
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+from moxe.errors import UserError
 
 # The loss (equation 21) and its terms, by their names in the model's output.
 LOSS_TERMS = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
@@ -20,27 +23,43 @@ LOSS_TERMS = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "loa
 class MetricsFile:
     """Appends to metrics.jsonl; a number that is not finite is written as NaN or Infinity, never left out."""
 
-    def __init__(self, path: Path, last_step: int = 0) -> None:
-        """Open `path` behind the lines up to `last_step`: later ones belong to steps that are about to be repeated.
+    def __init__(self, path: Path, resumed_from: Path | None = None) -> None:
+        """Start the file `path`: empty, or with the lines of the copy that a checkpoint holds.
 
-        A new run has last_step 0 and starts an empty file.
+        Lines behind those of the checkpoint belong to steps that are about to be repeated.
         """
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.exists() else []
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(_line(record) for record in kept if last_step), encoding="utf-8")
+        temporary.write_bytes(b"" if resumed_from is None else resumed_from.read_bytes())
         os.replace(temporary, path)
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(json.dumps(record) + "\n")
+
+    def copy_to(self, path: Path) -> None:
+        """Keep the lines written so far."""
+        shutil.copyfile(self.path, path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off while it was being written is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl; a last line that was cut off while it was being written is left out.
+
+    Raises:
+        UserError: for a line that is no JSON object, naming it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no valid UTF-8: {error}") from None
+    return [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is no JSON object")
+    return record

@@ -25,11 +25,18 @@ class Throughput(TrainerCallback):
         self.steps, self._seconds, self._tokens = 0, 0.0, tokens
         return speed
 
+    def state_dict(self) -> dict[str, Any]:
+        """The interval so far, as JSON knows it."""
+        return {"steps": self.steps, "seconds": self._seconds, "tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an interval."""
+        self.steps, self._seconds, self._tokens = state["steps"], state["seconds"], state["tokens"]
+
     def _restart(self) -> None:
         self._mark = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.steps, self._seconds, self._tokens = 0, 0.0, state.num_input_tokens_seen
         self._restart()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
@@ -45,12 +52,13 @@ class Throughput(TrainerCallback):
 
 
 class LastStep(TrainerCallback):
-    """Logs and validates at the last step, whatever the intervals are."""
+    """Logs, validates and saves at the last step, whatever the intervals are."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = True
+            control.should_save = True
 
 
 class ConsoleProgress(TrainerCallback):

@@ -37,11 +37,13 @@ class TrainingConfig:
         float32_matmul_precision: what `torch.set_float32_matmul_precision` is given.
         logging_steps: steps between two lines of metrics.jsonl.
         eval_steps: steps between two validations; 0: only at the end.
-        save_steps: steps between two checkpoints to resume from; 0: none.
-        save_total_limit: checkpoints that are kept.
+        save_steps: steps between two checkpoints to resume from; 0: only at the end, and when the run is stopped.
+        save_total_limit: of the checkpoints, the last so many are kept.
+        save_best: also save, and keep, the checkpoint of the lowest validation loss.
         report_to: any of `tensorboard`, `wandb`; metrics.jsonl is always written.
         num_threads: threads of torch on a CPU; None: torch's choice.
-        resume: go on from the last checkpoint of the run of this name.
+        deterministic: on a GPU, only operations that give the same bits each time, so that a resumed run ends with
+            the same weights as one that was not stopped; on a CPU that is so in any case.
         sample_prompt: beginning of the text that is generated at the end; None: the first words of a held-out
             document.
         sample_tokens: length of that text in tokens; 0: none.
@@ -72,9 +74,10 @@ class TrainingConfig:
     eval_steps: int = 200
     save_steps: int = 500
     save_total_limit: int = 1
+    save_best: bool = False
     report_to: list[Reporter] = field(default_factory=list)
     num_threads: int | None = None
-    resume: bool = False
+    deterministic: bool = False
     sample_prompt: str | None = None
     sample_tokens: int = 100
 

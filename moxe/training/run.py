@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PrinterCallback, TrainerState, TrainingArguments, default_data_collator, set_seed
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.utils import logging as transformers_logging
 
 from moxe.data.baselines import text_baselines
 from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import PackedStream
-from moxe.errors import UserError
+from moxe.errors import Stopped, UserError
 from moxe.evaluation.generation import generate_text
 from moxe.evaluation.perplexity import evaluate_perplexity
 from moxe.models.modeling_moxe import MoxEForCausalLM
@@ -30,9 +31,11 @@ from moxe.observability.plots import draw_run
 from moxe.ops.backend import resolve_backend
 from moxe.recipe import Recipe
 from moxe.training.callbacks import ConsoleProgress
+from moxe.training.checkpoint import METRICS, Checkpoint
 from moxe.training.config import TrainingConfig
 from moxe.training.run_folder import RunFolder
-from moxe.training.trainer import MoxETrainer
+from moxe.training.signals import StopSignals, stop_signals
+from moxe.training.trainer import MoxETrainer, ValidationStopped
 
 
 @dataclass(frozen=True)
@@ -46,41 +49,59 @@ class RunResult:
 def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     """Train the model of `recipe` and write its run folder.
 
-    `recipe.model` is completed with the vocabulary and the special tokens of the tokenizer. With `training.resume` the
-    run goes on from its last checkpoint, if there is one.
+    A run of this name that was stopped goes on from its newest checkpoint, exactly; one that is finished is left alone.
+    `recipe.model` is completed with the vocabulary and the special tokens of the tokenizer.
 
     Raises:
-        UserError: for data, a tokenizer, a backend or a run folder that cannot be used, and when the gradient stops
-            being finite.
+        UserError: for data, a tokenizer, a backend or a run folder that cannot be used, a run of this name with other
+            settings, a folder that cannot be written, and when the gradient stops being finite.
+        Stopped: when SIGINT, SIGTERM or SIGHUP asked for the end; a step that was going on is finished and saved.
     """
     training = recipe.training
     _require_reporters(training)
     folder = RunFolder(recipe)
-    checkpoint = folder.check(recipe)
-    with process_settings(training):
-        arguments = training_arguments(recipe)
-        resolve_backend(recipe.model["backend"], arguments.device.type)  # before anything is written
-        is_main = arguments.process_index == 0
-        console = (console or Console()) if is_main else Console(quiet=True)
-        with arguments.main_process_first():
-            corpus = prepare(recipe.data, seed=training.seed)
-        if isinstance(corpus.train, PackedStream) and training.max_steps == -1:
-            raise UserError(f"{recipe.data.source} is streamed without end: set training.max_steps or data.max_tokens")
-        tokenizer = corpus.tokenizer
-        special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = recipe.model_config(len(tokenizer), **special_tokens)
-        recipe.model.update({name: getattr(config, name) for name in ("vocab_size", *special_tokens)})
-        set_seed(training.seed)
-        model = MoxEForCausalLM(config)
-        if is_main:
-            folder.make()
-            recipe.save(folder.recipe_path)
-            folder.write_versions(str(arguments.device))
-            _print_start(model, corpus, folder, console)
+    if evaluation := folder.finished_evaluation(recipe):
+        _say(console or Console(), f"{folder.path} is finished and left as it is: --name NAME starts another run")
+        return RunResult(folder.path, evaluation)
+    with stop_signals() as signals, process_settings(training):
+        try:
+            return _train_and_evaluate(recipe, folder, signals, console)
+        except (OSError, SafetensorError) as error:  # a full disk, most of all
+            raise UserError(f"the run in {folder.path} failed: {error}; {folder.checkpoints.how_to_go_on()}") from error
+        except Stopped as stopped:
+            raise Stopped(stopped.signum, folder.checkpoints.how_to_go_on()) from None
 
+
+def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals, console: Console | None) -> RunResult:
+    training = recipe.training
+    arguments = training_arguments(recipe)
+    backend = resolve_backend(recipe.model["backend"], arguments.device.type)  # before anything is written
+    is_main = arguments.process_index == 0
+    console = (console or Console()) if is_main else Console(quiet=True)
+    with arguments.main_process_first():
+        corpus = prepare(recipe.data, seed=training.seed)
+    if isinstance(corpus.train, PackedStream) and training.max_steps == -1:
+        raise UserError(f"{recipe.data.source} is streamed without end: set training.max_steps or data.max_tokens")
+    tokenizer = corpus.tokenizer
+    special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = recipe.model_config(len(tokenizer), **special_tokens)
+    recipe.model.update({name: getattr(config, name) for name in ("vocab_size", *special_tokens)})
+    set_seed(training.seed)
+    model = MoxEForCausalLM(config)
+    with folder.locked() if is_main else nullcontext():
+        with arguments.main_process_first():
+            checkpoint = folder.checkpoint_to_go_on_from(recipe, console) if is_main else folder.checkpoints.newest()[0]
+        if is_main:
+            recipe.save(folder.recipe_path)
+            _print_start(model, corpus, folder, checkpoint, console)
+            for change in folder.write_versions(str(arguments.device), backend):
+                _say(console, f"note: {change}; the weights will not be bit for bit those of a run without the change")
+        metrics = MetricsFile(folder.metrics_path, checkpoint and checkpoint.path / METRICS) if is_main else None
         trainer = MoxETrainer(
             training=training,
-            metrics=MetricsFile(folder.metrics_path, _step_of(checkpoint)) if is_main else None,
+            metrics=metrics,
+            checkpoints=folder.checkpoints,
+            signals=signals,
             model=model,
             args=arguments,
             train_dataset=corpus.train,
@@ -147,47 +168,50 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _train(trainer: MoxETrainer, checkpoint: Path | None, console: Console) -> float:
-    """Takes the steps that are left; the seconds it took."""
+def _train(trainer: MoxETrainer, checkpoint: Checkpoint | None, console: Console) -> float:
+    """Takes the steps that are left; the seconds they took.
+
+    Raises:
+        Stopped: after the step, or in the validation, in which a signal came; it has been saved.
+    """
     trainer.remove_callback(PrinterCallback)
     progress = ConsoleProgress(console)
     trainer.add_callback(progress)
     total_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
     start = time.perf_counter()
     try:
-        if checkpoint is None:
-            trainer.train()
-        elif _step_of(checkpoint) < total_steps:
-            trainer.train(resume_from_checkpoint=str(checkpoint))
-        else:
-            # Trained to the end, but not evaluated: the Trainer would take one more step before it looks.
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        with trainer.signals.deferred(), suppress(ValidationStopped):
+            if checkpoint is None:
+                trainer.train()
+            elif checkpoint.step < total_steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint.path))
+            else:
+                # Trained to the end, but not evaluated: the Trainer would take one more step before it looks.
+                trainer.finish_from(checkpoint.path)
     finally:
         progress.stop()
     return time.perf_counter() - start
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 @contextmanager
 def process_settings(training: TrainingConfig) -> Iterator[None]:
     """The recipe's settings of torch, and no bars beside our own; undone afterwards."""
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     had_bars = transformers_logging.is_progress_bar_enabled()
     try:
         torch.set_float32_matmul_precision(training.float32_matmul_precision)
         if training.num_threads is not None:
             torch.set_num_threads(training.num_threads)
+        if training.deterministic and torch.cuda.is_available():
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+            torch.use_deterministic_algorithms(True)
         transformers_logging.disable_progress_bar()
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic)
         if had_bars:
             transformers_logging.enable_progress_bar()
 
@@ -230,7 +254,9 @@ def _sample(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig) ->
     return {"prompt": prompt, "text": text}
 
 
-def _print_start(model: MoxEForCausalLM, corpus: Corpus, folder: RunFolder, console: Console) -> None:
+def _print_start(
+    model: MoxEForCausalLM, corpus: Corpus, folder: RunFolder, checkpoint: Checkpoint | None, console: Console
+) -> None:
     statistics = corpus.statistics
     tokens = "a stream" if statistics.train_tokens is None else f"{statistics.train_tokens:,} tokens"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -239,6 +265,8 @@ def _print_start(model: MoxEForCausalLM, corpus: Corpus, folder: RunFolder, cons
         f"{parameters:,} parameters; training on {tokens} of {statistics.source}, "
         f"{statistics.validation_documents:,} documents held out; writing {folder.path}",
     )
+    if checkpoint is not None:
+        _say(console, f"going on after step {checkpoint.step:,}")
 
 
 def _print_report(evaluation: dict[str, Any], folder: RunFolder, plots: list[Path], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be written where, and what a resumed run finds.
+"""The folder of a run: what may be written where, and what a run that goes on finds.
 
 Every file appears whole or not at all: it is written beside its place and then moved there.
 """
@@ -11,20 +11,45 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import moxe
 from moxe.errors import UserError
+from moxe.manifest import write_manifest
 from moxe.recipe import Recipe, load_recipe
+from moxe.training.checkpoint import RECIPE, Checkpoint, Checkpoints
 
-# Settings of the data section that change neither the tokens nor their order.
-_WITHOUT_EFFECT = {"cache_dir"}
-# Settings of the training section that decide which rows a step sees.
-_DECIDE_WHAT_IS_SEEN = {"seed", "batch_size", "gradient_accumulation_steps"}
+# Settings that a run may go on with although it was started with others: they decide what is kept, shown and how fast
+# it goes. The last two round differently; all others leave the weights as they would have been.
+_MAY_CHANGE = {
+    "data": {"cache_dir"},
+    "training": {
+        "output_dir",
+        "name",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "save_best",
+        "report_to",
+        "sample_prompt",
+        "sample_tokens",
+        "num_threads",
+    },
+    "model": {"backend"},
+}
+_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+# What changes the rounding of a step, by its name in versions.json.
+_DECIDES_BITS = ("torch", "moxe", "cpu", "device", "threads", "backend")
 
 
 class RunFolder:
@@ -32,60 +57,73 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe) -> None:
         self.path = recipe.run_dir
+        self.checkpoints = Checkpoints(self.path)
         self.recipe_path = self.path / "recipe.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.evaluation_path = self.path / "evaluation.json"
+        self.versions_path = self.path / "versions.json"
         self.plots_path = self.path / "plots"
 
-    def check(self, recipe: Recipe) -> Path | None:
-        """Find out whether the folder can take a run of `recipe`; writes nothing.
-
-        Returns:
-            The checkpoint to go on from, or None to start from step 0.
+    def finished_evaluation(self, recipe: Recipe) -> dict[str, Any] | None:
+        """What evaluation.json holds if this run is finished, else None; writes nothing.
 
         Raises:
-            UserError: if the folder holds a run and `training.resume` is not set; or if it is to be resumed with
-                another model, other data, or another order or grouping of the data.
+            UserError: if the folder holds a run, finished or not, that was started with other settings.
         """
-        checkpoint = self.last_checkpoint()
-        if recipe.training.resume:
-            if checkpoint is not None:
-                self._refuse_other_run(recipe)
-        elif self.evaluation_path.exists():
-            raise UserError(f"{self.path} already holds a finished run: choose another --training.name")
-        elif checkpoint is not None:
-            raise UserError(
-                f"{self.path} holds a run that stopped after {checkpoint.name}: go on with --training.resume true, or "
-                "choose another --training.name"
-            )
-        return checkpoint
+        evaluation = _read_json(self.evaluation_path)
+        if self.recipe_path.exists() and (evaluation or self.checkpoints.all()):
+            self._refuse_other_run(recipe, self.recipe_path)
+        return evaluation
 
-    def make(self) -> None:
-        """Make the folder.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder; no other process trains in it meanwhile.
 
         Raises:
-            UserError: if it cannot be made.
+            UserError: if it cannot be made or written, or another process trains in it.
         """
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.path}: wait for it, or give another --name"
+            ) from None
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
+            raise UserError(f"the run folder {self.path} cannot be made or written: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def last_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step that is complete: its trainer_state.json is what is written last."""
-        complete = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-        return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    def checkpoint_to_go_on_from(self, recipe: Recipe, console: Console) -> Checkpoint | None:
+        """The newest undamaged checkpoint; None: the run starts at step 0.
 
-    def _refuse_other_run(self, recipe: Recipe) -> None:
-        before, now = load_recipe(self.recipe_path).to_dict(), recipe.to_dict()
-        compared = {section: before[section].keys() & now[section].keys() for section in ("model", "data")}
-        compared["training"] = _DECIDE_WHAT_IS_SEEN
-        for section, keys in compared.items():
-            for key in sorted(keys - _WITHOUT_EFFECT):
-                if before[section][key] != now[section][key]:
+        Says which later ones are damaged and how, and sets them aside; removes what was left half-written.
+
+        Raises:
+            UserError: if no checkpoint is undamaged, or the one that is belongs to a run with other settings.
+        """
+        newest, damage = self.checkpoints.newest()
+        for error in damage:
+            assert newest is not None
+            warning = f"warning: {error}; going on from {newest.path.name} instead"
+            console.print(warning, markup=False, highlight=False, soft_wrap=True)
+        if newest is not None:
+            self._refuse_other_run(recipe, newest.path / RECIPE)
+            self.checkpoints.set_aside(later_than=newest)
+        self.checkpoints.remove_unfinished()
+        return newest
+
+    def _refuse_other_run(self, recipe: Recipe, recipe_path: Path) -> None:
+        before, now = load_recipe(recipe_path).to_dict(), recipe.to_dict()
+        for section, settings in now.items():
+            for key in sorted(settings.keys() & before[section].keys() - _MAY_CHANGE[section]):
+                if before[section][key] != settings[key]:
                     raise UserError(
-                        f"{self.path} cannot be resumed with {section}.{key}={now[section][key]!r}: the run was "
-                        f"started with {before[section][key]!r}"
+                        f"{self.path} holds a run that was started with {section}.{key}={before[section][key]!r}, not "
+                        f"{settings[key]!r}: give another --name, or the same settings"
                     )
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
@@ -99,33 +137,44 @@ class RunFolder:
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            for file in temporary.iterdir():
-                os.replace(file, self.path / file.name)
+            names = [file.name for file in temporary.iterdir()]
+            for name in names:
+                os.replace(temporary / name, self.path / name)
+            write_manifest(self.path, names)
         finally:
             shutil.rmtree(temporary)
 
-    def write_versions(self, device: str) -> None:
-        """versions.json: what the run was made with, and on what machine."""
-        packages = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+    def write_versions(self, device: str, backend: str) -> list[str]:
+        """versions.json: what the run is made with, and on what machine.
+
+        Returns:
+            What is not as it was when the run was last started, of all that changes how a step is rounded.
+        """
+        before = _read_json(self.versions_path) or {}
         versions = {
             "python": platform.python_version(),
             "moxe": moxe.__version__,
             "git_commit": _git_commit(),
-            **{package: _version(package) for package in packages},
+            **{package: _version(package) for package in _PACKAGES},
             "platform": platform.platform(),
             "cpu": _cpu_name(),
             "cpu_count": os.cpu_count(),
             "device": device,
+            "threads": torch.get_num_threads(),
+            "backend": backend,
         }
-        self.write_json(self.path / "versions.json", versions)
+        self.write_json(self.versions_path, versions)
+        changed = [name for name in _DECIDES_BITS if before.get(name, versions[name]) != versions[name]]
+        return [f"{name} {before[name]} is now {versions[name]}" for name in changed]
 
 
-def _is_json(path: Path) -> bool:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file, or it was damaged."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _version(package: str) -> str | None:

@@ -5,15 +5,22 @@ Legend: B rows of a batch, S tokens a row.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from moxe.errors import UserError
@@ -21,8 +28,10 @@ from moxe.models.modeling_moxe import MoxECausalLMOutput, MoxEForCausalLM, pack_
 from moxe.observability.metrics import LOSS_TERMS, MetricsFile
 from moxe.observability.routing import RoutingMeter, RoutingStatistics
 from moxe.training.callbacks import LastStep, Throughput
+from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, Checkpoints, read_json
 from moxe.training.config import TrainingConfig
 from moxe.training.optimizer import decayed_parameter_names, learning_rate_schedule
+from moxe.training.signals import StopSignals
 
 
 class LossMeter:
@@ -41,6 +50,10 @@ class LossMeter:
         self.sums += values * torch.tensor(weights, dtype=torch.float64)
 
 
+class ValidationStopped(Exception):
+    """A signal has asked for the end in the middle of a validation."""
+
+
 class MoxETrainer(Trainer):
     """Trains a MoxE.
 
@@ -48,15 +61,37 @@ class MoxETrainer(Trainer):
     language-model loss is the sum over target tokens divided by the number of targets of the whole step, exactly. The
     router losses are nonlinear in the tokens (products of means over them); they are computed for each micro-batch and
     averaged with the micro-batches' shares of the targets.
+
+    A run that is resumed from a checkpoint goes on exactly as if it had never stopped: weights, optimiser, schedule,
+    random numbers, place in the data, and the sums behind the next line of metrics.jsonl.
     """
 
     def __init__(
-        self, *, model: MoxEForCausalLM, training: TrainingConfig, metrics: MetricsFile | None = None, **kwargs: Any
+        self,
+        *,
+        model: MoxEForCausalLM,
+        training: TrainingConfig,
+        metrics: MetricsFile | None = None,
+        checkpoints: Checkpoints | None = None,
+        signals: StopSignals | None = None,
+        **kwargs: Any,
     ) -> None:
-        """As Trainer, with the recipe's `training` section and the file to write metrics to."""
+        """As Trainer, with what a run brings.
+
+        Args:
+            training: the recipe's section.
+            metrics: the file to write metrics to; None in all processes but the first.
+            checkpoints: where to save; None: nowhere.
+            signals: looked at after each step and each batch of a validation.
+        """
         super().__init__(model=model, **kwargs)
         self.training = training
         self.metrics = metrics
+        self.checkpoints = checkpoints
+        self.signals = signals or StopSignals()
+        self._saved_step: int | None = None
+        self._steps_an_epoch = 0
+        self._validation_is_due = False
         num_experts = model.config.num_experts
         self.interval_losses, self.interval_routing = LossMeter(), RoutingMeter(num_experts)
         self.validation_routing = RoutingMeter(num_experts)
@@ -128,6 +163,7 @@ class MoxETrainer(Trainer):
             self._log_training(logs)
         else:
             super().log({key: value for key, value in logs.items() if key != "total_flos"})
+        self.state.log_history.clear()  # metrics.jsonl is the history; each trainer_state.json would hold it again
 
     def _log_training(self, logs: dict[str, float]) -> None:
         record = {
@@ -192,6 +228,8 @@ class MoxETrainer(Trainer):
         self.validation_routing.reset()
         num_targets = num_rows = 0
         for inputs in dataloader:
+            if self._is_stop_asked_for():
+                raise ValidationStopped
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**inputs, output_router_logits=True, logits_to_keep=1)
@@ -207,8 +245,10 @@ class MoxETrainer(Trainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=num_rows)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate; also a validation line in metrics.jsonl."""
-        metrics = super().evaluate(*args, **kwargs)
+        """As Trainer.evaluate; also a validation line in metrics.jsonl. Random numbers are as before afterwards."""
+        gpus = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            metrics = super().evaluate(*args, **kwargs)
         record: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
@@ -219,7 +259,171 @@ class MoxETrainer(Trainer):
                 record[f"validation_{term}"] = metrics[f"eval_{term}"]
         record["validation_layers"] = [asdict(layer) for layer in self._statistics(self.validation_routing)]
         self._write(record)
+        self._note_lowest_loss(metrics.get("eval_lm_loss", math.inf))
         return metrics
+
+    def _note_lowest_loss(self, loss: float) -> None:
+        lowest = math.inf if self.state.best_metric is None else self.state.best_metric
+        if loss < lowest:
+            self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
+            self.control.should_save = self.control.should_save or self.training.save_best
+
+    # Stopping
+
+    def _is_stop_asked_for(self) -> bool:
+        """Whether a signal has reached any process; the processes find out at the same place."""
+        return bool(self._reduce(torch.tensor(int(self.signals.received is not None))))
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any):
+        """As the Trainer's; when a signal has asked for it, save and stop."""
+        if self._is_stop_asked_for():
+            self.control.should_save = self.control.should_training_stop = True
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kwargs)
+        except ValidationStopped:
+            self._validation_is_due = True
+            self._save_checkpoint(model, None)
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint of this step, then remove the ones that are no longer to be kept.
+
+        Raises:
+            UserError: if it cannot be written, with the place and the reason; earlier checkpoints are untouched.
+        """
+        step = self.state.global_step
+        if self.checkpoints is None or step == self._saved_step:
+            return
+        is_main, folder = self.args.should_save, self.checkpoints.unfinished(step)
+        try:
+            if is_main:
+                self.checkpoints.discard_unfinished(step)
+                folder.mkdir()
+            self.accelerator.wait_for_everyone()
+            self._write_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                self.checkpoints.finish(step)
+                best_step = self.state.best_global_step if self.training.save_best else None
+                self.checkpoints.prune(self.training.save_total_limit, best_step)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_of_writing(error):
+                raise
+            self.checkpoints.discard_unfinished(step)
+            raise UserError(self._why_not_saved(step, error)) from error
+        self.accelerator.wait_for_everyone()
+        self._saved_step = step
+
+    def _why_not_saved(self, step: int, error: Exception) -> str:
+        assert self.checkpoints is not None
+        reason = (
+            str(error).splitlines()[0] if isinstance(error, OSError | SafetensorError) else "no more can be written"
+        )
+        how_to_go_on = self.checkpoints.how_to_go_on()
+        return f"the checkpoint of step {step} cannot be written to {self.checkpoints.run}: {reason}; {how_to_go_on}"
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of a Python object, which nobody reads
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if not self.args.should_save:
+            return
+        assert self.metrics is not None
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+        (folder / PROGRESS).write_text(json.dumps(self._progress(), indent=2) + "\n", encoding="utf-8")
+        self.metrics.copy_to(folder / METRICS)
+        (folder / RECIPE).write_bytes((folder.parent / RECIPE).read_bytes())
+
+    def _progress(self) -> dict[str, Any]:
+        """What the Trainer's own state leaves out; every float comes back from JSON as it was."""
+        routing = self.interval_routing.sums
+        return {
+            "validation_is_due": self._validation_is_due,
+            "interval": self.throughput.state_dict(),
+            "interval_losses": self.interval_losses.sums.tolist(),
+            "interval_routing": None if routing is None else routing.tolist(),
+        }
+
+    def _load_progress(self, checkpoint: Path) -> None:
+        progress = read_json(checkpoint / PROGRESS)
+        self._validation_is_due = progress["validation_is_due"]
+        self.throughput.load_state_dict(progress["interval"])
+        self.interval_losses.sums = torch.tensor(progress["interval_losses"], dtype=torch.float64)
+        routing = progress["interval_routing"]
+        self.interval_routing.sums = None if routing is None else torch.tensor(routing, dtype=torch.float64)
+
+    def finish_from(self, checkpoint: Path) -> None:
+        """Take over a checkpoint of the last step: its weights and numbers, and a validation that was cut off."""
+        self._load_from_checkpoint(str(checkpoint))
+        with readable(checkpoint):
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            self._load_progress(checkpoint)
+        if self._validation_is_due:
+            self.evaluate()
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        self._steps_an_epoch = num_update_steps_per_epoch
+        resume_from_checkpoint = args[1]
+        with readable(resume_from_checkpoint):
+            trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+            self.state.compute_steps(self.args, max_steps)  # the intervals of this command, not of the one before
+            if resume_from_checkpoint is not None:
+                self._load_progress(Path(resume_from_checkpoint))
+        self.args.eval_on_start, self._validation_is_due = self._validation_is_due, False
+        return trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Every weight and no other, from safetensors alone."""
+        loaded = model or self.model
+        assert loaded is not None
+        with readable(resume_from_checkpoint):
+            load_model(loaded, Path(resume_from_checkpoint) / "model.safetensors", strict=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+def _is_of_writing(error: RuntimeError) -> bool:
+    """torch.save has no exception of its own for a disk that takes no more."""
+    return any(words in str(error) for words in ("PytorchStreamWriter", "iostream error", "inline_container"))
+
+
+@contextmanager
+def readable(checkpoint: str | Path | None) -> Iterator[None]:
+    """Says in one sentence what is wrong with a checkpoint whose files are whole, but not what moxe writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnpicklingError:
+        raise UserError(
+            f"{checkpoint} is refused: its optimizer.pt, scheduler.pt or rng_state.pth holds more than tensors and "
+            "numbers, and code in a checkpoint is never run"
+        ) from None
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        EOFError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint} cannot be resumed from: {type(error).__name__}: {reason}") from error
 
 
 def count_targets(inputs: dict[str, Tensor]) -> int:

@@ -1,124 +1,26 @@
-"""From a recipe to a finished run folder, and back after an interruption."""
+"""From a recipe to a finished run folder, and what is refused on the way."""
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import moxe.training.run as run_module
 from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import PackedStream
 from moxe.errors import UserError
-from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.ops.cpu import build
-from moxe.recipe import Recipe, load_recipe
+from moxe.recipe import load_recipe
 from moxe.training.config import TrainingConfig
 from moxe.training.run import RunResult, process_settings, train
-from tests.training.tiny import TINY
-
-WORDS = "the cat sat on a mat and saw that dogs ran far over hills to find one small red hat in rain"
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    documents = []
-    for _ in range(40):
-        words = WORDS.split()
-        choice = torch.randint(len(words), (30,), generator=generator)
-        documents.append(" ".join(words[index] for index in choice.tolist()))
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("\n<|endoftext|>\n".join(documents) + "\n", encoding="utf-8")
-    return path
-
-
-def tiny_recipe(text_file: Path, output_dir: Path, **training: Any) -> Recipe:
-    model = {key: value for key, value in TINY.items() if key not in ("vocab_size", "pad_token_id")}
-    data = {
-        "source": str(text_file),
-        "cache_dir": str(text_file.parent / "cache"),
-        "vocab_size": 300,
-        "sequence_length": 32,
-        "validation_fraction": 0.2,
-    }
-    defaults = {
-        "output_dir": str(output_dir),
-        "batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "eval_steps": 2,
-        "save_steps": 2,
-        "num_threads": 1,
-        "sample_prompt": None,
-        "sample_tokens": 5,
-    }
-    return load_recipe("default", {"model": model, "data": data, "training": {**defaults, **training}})
-
-
-@dataclass(frozen=True)
-class Finished:
-    recipe: Recipe
-    result: RunResult
-    printed: str
-
-
-@pytest.fixture(scope="module")
-def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run from beginning to end; only to be read."""
-    recipe = tiny_recipe(text_file, tmp_path_factory.mktemp("runs"), save_total_limit=2)
-    output = io.StringIO()
-    result = train(recipe, Console(file=output, width=100))
-    return Finished(recipe, result, output.getvalue())
-
-
-@pytest.fixture
-def make_recipe(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A recipe that writes to `tmp_path`; its run draws no pictures, which take longer than its training."""
-    monkeypatch.setattr(run_module, "draw_run", lambda *paths: [])
-
-    def make(**training: Any) -> Recipe:
-        return tiny_recipe(text_file, tmp_path, **training)
-
-    return make
-
-
-@pytest.fixture
-def copied(finished: Finished, tmp_path: Path, make_recipe) -> Path:
-    """A copy of the finished run as the run `default` of `make_recipe`."""
-    return Path(shutil.copytree(finished.result.path, tmp_path / "default"))
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=100)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def logged_steps(folder: Path) -> list[tuple[int, str]]:
-    records = read_metrics(folder / "metrics.jsonl")
-    return [(record["step"], "training" if "layers" in record else "validation") for record in records]
-
-
-ALL_STEPS = [
-    (1, "training"),
-    (2, "training"),
-    (2, "validation"),
-    (3, "training"),
-    (4, "training"),
-    (4, "validation"),
-]
+from tests.training.runs import ALL_STEPS, Finished, logged_steps, quiet, tiny_recipe
 
 
 def test_a_run_leaves_a_whole_folder(finished: Finished):
@@ -136,6 +38,8 @@ def test_a_run_leaves_a_whole_folder(finished: Finished):
         "evaluation.json",
         "checkpoint-2",
         "checkpoint-4",
+        "manifest.json",
+        ".lock",
     }
     assert {file.name for file in (path / "plots").iterdir()} == {"losses.png", "utilisation.png", "routing.png"}
     assert logged_steps(path) == ALL_STEPS
@@ -169,91 +73,67 @@ def test_a_finished_run_is_loaded_by_the_auto_classes(finished: Finished):
     assert torch.isfinite(output.logits).all()
 
 
-def test_a_finished_run_is_not_overwritten(copied: Path, make_recipe):
+def test_a_finished_run_is_said_to_be_finished_and_left_alone(finished: Finished, copied: Path, make_recipe):
     before = {file: file.stat().st_mtime_ns for file in copied.rglob("*")}
-    with pytest.raises(UserError, match=r"already holds a finished run: choose another --training\.name"):
-        train(make_recipe(), quiet())
+    output = io.StringIO()
+    result = train(make_recipe(save_total_limit=2), Console(file=output, width=100))
+    assert f"{copied} is finished and left as it is: --name NAME starts another run" in output.getvalue()
+    assert result == RunResult(copied, finished.result.evaluation)
     assert {file: file.stat().st_mtime_ns for file in copied.rglob("*")} == before
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = MetricsFile.write
-
-    def write_or_stop(self: MetricsFile, record: dict[str, Any]) -> None:
-        write(self, record)
-        if record["step"] == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(MetricsFile, "write", write_or_stop)
-
-
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(finished: Finished, make_recipe):
-    whole, recipe = finished.result.path, make_recipe(name="parts")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_at(3, monkeypatch)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, quiet())
-    parts = recipe.run_dir
-    assert not (parts / "model.safetensors").exists()
-    with pytest.raises(UserError, match=r"stopped after checkpoint-2: go on with --training\.resume true"):
-        train(make_recipe(name="parts"), quiet())
-    assert logged_steps(parts)[-1] == (3, "training")
-
-    train(make_recipe(name="parts", resume=True), quiet())
-    assert logged_steps(parts) == logged_steps(whole) == ALL_STEPS
-    for record, expected in zip(
-        read_metrics(parts / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl"), strict=True
-    ):
-        assert record.keys() == expected.keys()
-        for key in record.keys() & {"loss", "validation_loss", "learning_rate", "tokens", "epoch"}:
-            assert record[key] == pytest.approx(expected[key], rel=1e-6), key
-    resumed = weights(parts)
-    for name, weight in weights(whole).items():
-        torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-7)
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(copied: Path, make_recipe):
+    with pytest.raises(UserError, match=r"started with training\.learning_rate=0\.003, not 0\.1: give another --name"):
+        train(make_recipe(learning_rate=0.1), quiet())
 
 
 def test_resuming_a_run_that_was_trained_to_its_end_takes_no_step(copied: Path, make_recipe):
-    before = weights(copied)
+    before = (copied / "model.safetensors").read_bytes()
     (copied / "evaluation.json").unlink()
     (copied / "model.safetensors").unlink()
-    evaluation = train(make_recipe(resume=True), quiet()).evaluation
+    evaluation = train(make_recipe(), quiet()).evaluation
     assert logged_steps(copied) == ALL_STEPS
     assert evaluation is not None
     assert evaluation["training"]["steps"] == 4
-    for name, weight in weights(copied).items():
-        torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+    assert (copied / "model.safetensors").read_bytes() == before
 
 
-def test_a_run_is_not_resumed_with_another_model_or_other_data(copied: Path, make_recipe):
-    recipe = make_recipe(resume=True)
+def test_a_run_does_not_go_on_with_other_settings(copied: Path, make_recipe):
+    (copied / "evaluation.json").unlink()
+    recipe = make_recipe()
     recipe.model["gamma"] = 0.1
-    with pytest.raises(UserError, match=r"cannot be resumed with model\.gamma=0\.1: the run was started with 0\.7"):
+    with pytest.raises(UserError, match=r"started with model\.gamma=0\.7, not 0\.1: give another --name"):
         train(recipe, quiet())
-    recipe = make_recipe(resume=True)
+    recipe = make_recipe()
     recipe.data.sequence_length = 16
-    with pytest.raises(UserError, match=r"cannot be resumed with data\.sequence_length=16"):
+    with pytest.raises(UserError, match=r"data\.sequence_length=32, not 16"):
         train(recipe, quiet())
-    for key in ("seed", "batch_size", "gradient_accumulation_steps"):
-        with pytest.raises(UserError, match=rf"cannot be resumed with training\.{key}=7"):
-            train(make_recipe(resume=True, **{key: 7}), quiet())
-
-
-def test_a_checkpoint_that_was_cut_off_while_it_was_written_is_not_resumed_from(copied: Path, make_recipe):
-    (copied / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
-    train(make_recipe(resume=True, sample_tokens=0), quiet())
-    assert logged_steps(copied) == ALL_STEPS
+    for key in ("seed", "batch_size", "gradient_accumulation_steps", "max_steps", "learning_rate"):
+        with pytest.raises(UserError, match=rf"training\.{key}=.*, not 7"):
+            train(make_recipe(**{key: 7}), quiet())
+    (copied / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"training\.seed=0, not 7"):
+        train(make_recipe(seed=7), quiet())
 
 
 def test_a_failure_while_saving_leaves_no_half_written_file(make_recipe, monkeypatch: pytest.MonkeyPatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    recipe = make_recipe(save_steps=0)
+    recipe = make_recipe()
     prepare(recipe.data, seed=0, progress=False)
-    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
-        train(recipe, quiet())
-    assert {path.name for path in recipe.run_dir.iterdir()} == {"recipe.yaml", "versions.json", "metrics.jsonl"}
+    written = {"recipe.yaml", "versions.json", "metrics.jsonl", ".lock"}
+    with monkeypatch.context() as failing:
+        failing.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+        with pytest.raises(UserError, match=r"step 2 cannot be written .*: disk full; the same command starts again"):
+            train(recipe, quiet())
+        assert {path.name for path in recipe.run_dir.iterdir()} == written
+    with monkeypatch.context() as failing:
+        failing.setattr(run_module, "draw_run", fail)
+        with pytest.raises(UserError, match=r"disk full; the same command goes on from .*checkpoint-4"):
+            train(recipe, quiet())
+    train(recipe, quiet())
+    assert logged_steps(recipe.run_dir) == ALL_STEPS
 
 
 def test_an_endless_stream_needs_a_number_of_steps(make_recipe, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,161 @@
+"""Is a run that is killed and started again the same as one that never stopped? Killed for real, compared by SHA-256.
+
+Two runs of one recipe, each by the command line: one is left alone, the other is killed with SIGKILL at random points,
+some while a checkpoint is being written, and started again by the same command each time until it ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moxe.errors import UserError
+from moxe.observability.metrics import read_metrics
+from moxe.recipe import Recipe
+from moxe.training.checkpoint import Checkpoints
+
+# Files of a checkpoint that hold times, which no two runs share; metrics.jsonl is compared without them.
+_HOLD_TIMES = {"trainer_state.json", "progress.json", "metrics.jsonl", "recipe.yaml", "manifest.json"}
+_POLL_SECONDS = 0.002
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL.
+
+    Args:
+        step: the last step that had been logged.
+        while_saving: whether a checkpoint was being written.
+    """
+
+    step: int
+    while_saving: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out.
+
+    Args:
+        kills: those that hit a running training.
+        undisturbed, killed: SHA-256 of what the two runs left, by name: `model.safetensors`, `metrics.jsonl` without
+            its times, and the files of the last checkpoint.
+    """
+
+    kills: list[Kill]
+    undisturbed: dict[str, str]
+    killed: dict[str, str]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the two runs left the same."""
+        return self.undisturbed == self.killed
+
+
+def verify_resume(
+    recipe: Recipe, folder: Path, *, kills: int, seed: int = 0, say: Callable[[str], object] = print
+) -> Verification:
+    """Train `recipe` twice in `folder`, the second time under `kills` kills, and compare.
+
+    Both runs log every step, which changes no weight, so that a kill can be aimed at a step.
+
+    Args:
+        recipe: what to train; its name and output folder are not used.
+        folder: an empty or a new one.
+        kills: how often; every second kill waits for a checkpoint to be written and falls into that.
+        seed: of the random points.
+        say: is given a line at each stage.
+
+    Raises:
+        UserError: if the folder is not empty, or a run fails by itself.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new folder")
+    recipe = replace(recipe, training=replace(recipe.training, logging_steps=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.save(folder / "recipe.yaml")
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    say("training once without a kill")
+    start = time.perf_counter()
+    _finish(_start(undisturbed))
+    steps = _last_step(undisturbed)
+    seconds_a_step = (time.perf_counter() - start) / max(1, steps)
+    say(f"{steps} steps; training again, to be killed {kills} times")
+    generator = random.Random(seed)
+    targets = sorted(generator.randrange(steps) for _ in range(kills))
+    done = []
+    for number, target in enumerate(targets):
+        kill = _kill_after(_start(killed), killed, target, number % 2 == 1, generator.uniform(0, seconds_a_step))
+        if kill is None:
+            break
+        done.append(kill)
+        say(f"kill {len(done)}: after step {kill.step}" + (", while saving" if kill.while_saving else ""))
+    else:
+        _finish(_start(killed))
+    return Verification(done, _hashes(undisturbed), _hashes(killed))
+
+
+def _start(run: Path) -> subprocess.Popen[str]:
+    """`moxe train` of the run; it says nothing unless it fails."""
+    settings = ["--training.output_dir", str(run.parent), "--name", run.name]
+    command = [sys.executable, "-m", "moxe", "train", str(run.parent / "recipe.yaml"), *settings]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise UserError(f"a run failed with exit code {process.returncode}: {errors.strip()[-500:]}")
+
+
+def _kill_after(process: subprocess.Popen[str], run: Path, step: int, while_saving: bool, delay: float) -> Kill | None:
+    """Kill the process `delay` seconds after it logged `step`, or as soon as it saves; None: it ended before."""
+    while process.poll() is None and _last_step(run) < step:
+        time.sleep(_POLL_SECONDS)
+    while while_saving and process.poll() is None and not _is_saving(run):
+        time.sleep(_POLL_SECONDS)
+    if not while_saving:
+        time.sleep(delay)
+    if process.poll() is not None:
+        _finish(process)
+        return None
+    process.kill()
+    process.communicate()
+    return Kill(_last_step(run), _is_saving(run))
+
+
+def _is_saving(run: Path) -> bool:
+    return any(run.glob(".checkpoint-*.unfinished"))
+
+
+def _last_step(run: Path) -> int:
+    """The last step in metrics.jsonl; 0 before the first."""
+    path = run / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    return records[-1]["step"] if records else 0
+
+
+def _hashes(run: Path) -> dict[str, str]:
+    records = read_metrics(run / "metrics.jsonl")
+    timeless = [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    hashes = {
+        "model.safetensors": _sha256(run / "model.safetensors"),
+        "metrics.jsonl": hashlib.sha256(json.dumps(timeless).encode()).hexdigest(),
+    }
+    last = Checkpoints(run).all()[0].path
+    for path in sorted(last.iterdir()):
+        if path.name not in _HOLD_TIMES:
+            hashes[f"{last.name}/{path.name}"] = _sha256(path)
+    return hashes
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,286 @@
+"""A run that is stopped in whatever way ends, after the same command again, bit for bit as one that was not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+import moxe.training.run as run_module
+from moxe.errors import Stopped, UserError
+from moxe.observability.metrics import MetricsFile
+from moxe.recipe import Recipe, load_recipe
+from moxe.training.checkpoint import Checkpoints
+from moxe.training.run import train
+from moxe.training.signals import stop_signals
+from moxe.training.trainer import MoxETrainer
+from moxe.training.verify_resume import verify_resume
+from tests.training.runs import ALL_STEPS, Finished, assert_same_run, logged_steps, quiet, timeless_metrics
+
+MakeRecipe = Callable[..., Recipe]
+Send = Callable[[], None]
+
+
+def sender(*signums: int) -> Send:
+    """Sends this process the signals, one after the other."""
+
+    def send() -> None:
+        for signum in signums:
+            os.kill(os.getpid(), signum)
+
+    return send
+
+
+def at_step(step: int, act: Send, patch: pytest.MonkeyPatch) -> None:
+    """`act` just after the training line of a step was written."""
+    write = MetricsFile.write
+
+    def write_and_act(self: MetricsFile, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == step and "layers" in record:
+            act()
+
+    patch.setattr(MetricsFile, "write", write_and_act)
+
+
+def before(owner: Any, name: str, act: Send, patch: pytest.MonkeyPatch, *, call: int = 1) -> None:
+    """`act` just before the `call`-th call of a function."""
+    original = getattr(owner, name)
+    calls = 0
+
+    def act_and_call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, act_and_call)
+
+
+def stop(recipe: Recipe, arrange: Callable[[pytest.MonkeyPatch], None]) -> Stopped:
+    """Train until the signal that `arrange` plants."""
+    with pytest.MonkeyPatch.context() as patch:
+        arrange(patch)
+        with pytest.raises(Stopped) as stopped:
+            train(recipe, quiet())
+    return stopped.value
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(finished: Finished, make_recipe: MakeRecipe, signum):
+    recipe = make_recipe(save_steps=0)
+    stopped = stop(recipe, lambda patch: before(MoxETrainer, "training_step", sender(signum), patch, call=3))
+    assert stopped.signum == signum
+    where = f"the same command goes on from {recipe.run_dir / 'checkpoint-3'}"
+    assert str(stopped) == f"stopped by {signum.name}; {where}"
+    assert not (recipe.run_dir / "model.safetensors").exists()
+    assert logged_steps(recipe.run_dir)[-1] == (3, "training")
+    train(make_recipe(save_steps=0), quiet())
+    assert_same_run(recipe.run_dir, finished.result.path)
+
+
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_serves(finished: Finished, make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    twice = sender(signal.SIGTERM, signal.SIGTERM)
+    stopped = stop(recipe, lambda patch: before(MoxETrainer, "training_step", twice, patch, call=4))
+    assert "checkpoint-2" in str(stopped)
+    train(make_recipe(), quiet())
+    assert_same_run(recipe.run_dir, finished.result.path)
+
+
+@pytest.mark.parametrize("validation", [1, 2])
+def test_a_signal_during_validation_saves_and_the_validation_is_made_up(
+    finished: Finished, make_recipe: MakeRecipe, validation: int
+):
+    recipe = make_recipe(save_steps=0)
+    send = sender(signal.SIGTERM)
+    stopped = stop(recipe, lambda patch: before(MoxETrainer, "evaluation_loop", send, patch, call=validation))
+    assert f"checkpoint-{2 * validation}" in str(stopped)
+    assert logged_steps(recipe.run_dir)[-1] == (2 * validation, "training")
+    train(make_recipe(save_steps=0), quiet())
+    assert_same_run(recipe.run_dir, finished.result.path)
+
+
+def test_a_signal_while_a_validation_is_made_up_leaves_it_to_the_next_time(finished: Finished, make_recipe: MakeRecipe):
+    recipe = make_recipe(save_steps=0)
+    for _ in range(2):
+        stop(recipe, lambda patch: before(MoxETrainer, "evaluation_loop", sender(signal.SIGTERM), patch))
+        assert logged_steps(recipe.run_dir)[-1] == (2, "training")
+    train(make_recipe(save_steps=0), quiet())
+    assert_same_run(recipe.run_dir, finished.result.path)
+
+
+@pytest.mark.parametrize("name", ["prepare", "MoxEForCausalLM"])
+def test_a_signal_before_the_first_step_stops_at_once(make_recipe: MakeRecipe, name: str):
+    recipe = make_recipe()
+    stopped = stop(recipe, lambda patch: before(run_module, name, sender(signal.SIGTERM), patch))
+    assert str(stopped) == "stopped by SIGTERM; the same command starts again"
+    assert not recipe.run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["draw_run", "evaluate_perplexity", "generate_text"])
+def test_a_signal_after_the_last_step_leaves_only_the_evaluation_to_do(
+    finished: Finished, make_recipe: MakeRecipe, name: str
+):
+    recipe = make_recipe()
+    stopped = stop(recipe, lambda patch: before(run_module, name, sender(signal.SIGINT), patch))
+    assert "checkpoint-4" in str(stopped)
+    assert not (recipe.run_dir / "evaluation.json").exists()
+    result = train(make_recipe(), quiet())
+    assert_same_run(recipe.run_dir, finished.result.path)
+    assert result.evaluation is not None
+    assert finished.result.evaluation is not None
+    for part in ("validation", "baselines", "sample"):
+        assert result.evaluation[part] == finished.result.evaluation[part]
+
+
+def test_an_interval_that_a_stop_cuts_in_two_is_logged_whole(make_recipe: MakeRecipe):
+    settings = {"logging_steps": 3, "max_steps": 7, "save_steps": 0}
+    whole = train(make_recipe(name="whole", **settings), quiet()).path
+    recipe = make_recipe(name="parts", **settings)
+    for call in (2, 3):  # after step 2, then two steps later
+        stop(recipe, lambda patch, call=call: before(MoxETrainer, "training_step", sender(15), patch, call=call))
+    assert [path.name for path in recipe.run_dir.glob("checkpoint-*")] == ["checkpoint-5"]
+    train(make_recipe(name="parts", **settings), quiet())
+    assert_same_run(recipe.run_dir, whole)
+
+
+def test_accumulation_over_several_epochs_goes_on_in_the_middle_of_one(make_recipe: MakeRecipe):
+    settings = {"max_steps": 9, "gradient_accumulation_steps": 3, "batch_size": 4, "eval_steps": 4, "save_steps": 0}
+    whole = train(make_recipe(name="whole", **settings), quiet()).path
+    recipe = make_recipe(name="parts", **settings)
+    for step in (2, 5, 8):
+        stop(recipe, lambda patch, step=step: at_step(step, sender(signal.SIGTERM), patch))
+    train(make_recipe(name="parts", **settings), quiet())
+    assert max(record["epoch"] for record in timeless_metrics(whole)) > 1
+    assert_same_run(recipe.run_dir, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    finished: Finished, copied: Path, make_recipe: MakeRecipe
+):
+    (copied / "evaluation.json").unlink()
+    (copied / "model.safetensors").unlink()
+    content = bytearray((copied / "checkpoint-4" / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / "checkpoint-4" / "optimizer.pt").write_bytes(content)
+    output = io.StringIO()
+    train(make_recipe(save_total_limit=2), Console(file=output, width=100))
+    printed = " ".join(output.getvalue().split())
+    assert "checkpoint-4/optimizer.pt is not what was written" in printed
+    assert "going on from checkpoint-2 instead" in printed
+    assert (copied / "damaged-checkpoint-4" / "optimizer.pt").exists()
+    assert_same_run(copied, finished.result.path)
+
+
+def test_a_run_without_an_undamaged_checkpoint_is_not_begun_again_by_itself(copied: Path, make_recipe: MakeRecipe):
+    (copied / "evaluation.json").unlink()
+    for step in (2, 4):
+        (copied / f"checkpoint-{step}" / "manifest.json").unlink()
+    files = {file for file in copied.rglob("*")}
+    with pytest.raises(UserError, match=r"no checkpoint of .* is undamaged .*checkpoint-4 has no manifest"):
+        train(make_recipe(save_total_limit=2), quiet())
+    assert {file for file in copied.rglob("*")} == files
+
+
+def test_lost_and_damaged_metrics_come_back_from_the_checkpoint(
+    finished: Finished, copied: Path, make_recipe: MakeRecipe
+):
+    shutil.rmtree(copied / "checkpoint-4")
+    (copied / "evaluation.json").unlink()
+    (copied / "metrics.jsonl").write_bytes(b"\xff garbage")
+    train(make_recipe(), quiet())
+    assert_same_run(copied, finished.result.path)
+
+
+def test_two_processes_do_not_train_in_one_folder(make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    recipe.run_dir.mkdir()
+    with FileLock(recipe.run_dir / ".lock"), pytest.raises(UserError, match="another process is training in"):
+        train(recipe, quiet())
+    assert {path.name for path in recipe.run_dir.iterdir()} == {".lock"}
+
+
+def test_the_best_checkpoint_is_saved_and_kept(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.5}
+    loop = MoxETrainer.evaluation_loop
+
+    def with_loss(self: MoxETrainer, *args: Any, **kwargs: Any) -> Any:
+        output = loop(self, *args, **kwargs)
+        output.metrics["eval_lm_loss"] = losses[self.state.global_step]
+        return output
+
+    monkeypatch.setattr(MoxETrainer, "evaluation_loop", with_loss)
+    recipe = make_recipe(eval_steps=1, save_steps=0, save_best=True)
+    stop(recipe, lambda patch: at_step(3, sender(signal.SIGTERM), patch))
+    assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [3, 2]
+    train(make_recipe(eval_steps=1, save_steps=0, save_best=True), quiet())
+    assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [4, 2]
+
+
+def test_intervals_may_change_when_a_run_goes_on(finished: Finished, make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))
+    train(make_recipe(save_steps=1, save_total_limit=9, logging_steps=2), quiet())
+    assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [4, 3, 2]
+    assert logged_steps(recipe.run_dir) == [entry for entry in ALL_STEPS if entry != (3, "training")]
+    final = "model.safetensors"
+    assert (recipe.run_dir / final).read_bytes() == (finished.result.path / final).read_bytes()
+
+
+def test_another_machine_is_noted(make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))
+    path = recipe.run_dir / "versions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cpu": "Another"}))
+    output = io.StringIO()
+    train(make_recipe(), Console(file=output, width=100))
+    assert "note: cpu Another is now" in output.getvalue()
+
+
+def test_signals_mean_afterwards_what_they_meant_before(make_recipe: MakeRecipe):
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stop(make_recipe(), lambda patch: at_step(2, sender(signal.SIGTERM), patch))
+    assert {signum: signal.getsignal(signum) for signum in handlers} == handlers
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def kill_and_compare(recipe: Recipe, folder: Path, kills: int) -> None:
+    found = verify_resume(recipe, folder, kills=kills, say=lambda line: None)
+    assert len(found.kills) == kills
+    assert any(kill.while_saving for kill in found.kills)
+    assert {"model.safetensors", "metrics.jsonl"} <= found.undisturbed.keys()
+    assert any(name.endswith("/optimizer.pt") for name in found.undisturbed)
+    assert found.killed == found.undisturbed
+
+
+def test_three_kills_change_nothing(make_recipe: MakeRecipe, tmp_path: Path):
+    kill_and_compare(make_recipe(max_steps=12, save_steps=3, eval_steps=5, sample_tokens=0), tmp_path / "runs", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills_change_nothing(tmp_path: Path):
+    overrides = {"training": {"max_steps": 120, "save_steps": 7, "eval_steps": 25, "sample_tokens": 0}}
+    kill_and_compare(load_recipe("default", overrides), tmp_path / "runs", 30)

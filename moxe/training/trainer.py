@@ -331,31 +331,33 @@ class MoxETrainer(Trainer):
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
+        progress = self._progress()
         if not self.args.should_save:
             return
         assert self.metrics is not None
         self.state.save_to_json(str(folder / TRAINER_STATE))
-        (folder / PROGRESS).write_text(json.dumps(self._progress(), indent=2) + "\n", encoding="utf-8")
+        (folder / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
         self.metrics.copy_to(folder / METRICS)
         (folder / RECIPE).write_bytes((folder.parent / RECIPE).read_bytes())
 
     def _progress(self) -> dict[str, Any]:
-        """What the Trainer's own state leaves out; every float comes back from JSON as it was."""
+        """What the Trainer's own state leaves out, over all processes; every float comes back from JSON as it was."""
         routing = self.interval_routing.sums
         return {
             "validation_is_due": self._validation_is_due,
             "interval": self.throughput.state_dict(),
-            "interval_losses": self.interval_losses.sums.tolist(),
-            "interval_routing": None if routing is None else routing.tolist(),
+            "interval_losses": self._reduce(self.interval_losses.sums).tolist(),
+            "interval_routing": None if routing is None else self._reduce(routing).tolist(),
         }
 
     def _load_progress(self, checkpoint: Path) -> None:
         progress = read_json(checkpoint / PROGRESS)
         self._validation_is_due = progress["validation_is_due"]
         self.throughput.load_state_dict(progress["interval"])
-        self.interval_losses.sums = torch.tensor(progress["interval_losses"], dtype=torch.float64)
-        routing = progress["interval_routing"]
-        self.interval_routing.sums = None if routing is None else torch.tensor(routing, dtype=torch.float64)
+        if self.args.process_index == 0:  # the sums of all processes are added up again for the next line
+            self.interval_losses.sums = torch.tensor(progress["interval_losses"], dtype=torch.float64)
+            routing = progress["interval_routing"]
+            self.interval_routing.sums = None if routing is None else torch.tensor(routing, dtype=torch.float64)
 
     def finish_from(self, checkpoint: Path) -> None:
         """Take over a checkpoint of the last step: its weights and numbers, and a validation that was cut off."""

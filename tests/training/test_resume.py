@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from rich.console import Console
 
 import moxe.training.run as run_module
 from moxe.errors import Stopped, UserError
-from moxe.observability.metrics import MetricsFile
+from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
 from moxe.training.checkpoint import Checkpoints
 from moxe.training.run import train
@@ -284,3 +287,35 @@ def test_three_kills_change_nothing(make_recipe: MakeRecipe, tmp_path: Path):
 def test_thirty_kills_change_nothing(tmp_path: Path):
     overrides = {"training": {"max_steps": 120, "save_steps": 7, "eval_steps": 25, "sample_tokens": 0}}
     kill_and_compare(load_recipe("default", overrides), tmp_path / "runs", 30)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_between_two_log_lines_go_on_exactly(make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = make_recipe(max_steps=10, logging_steps=4, eval_steps=5, save_steps=5, sample_tokens=0)
+    recipe.save(tmp_path / "recipe.yaml")
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+        return subprocess.Popen([*launcher, "moxe", "train", str(tmp_path / "recipe.yaml"), "--name", name])
+
+    assert start("whole").wait() == 0
+    stopped = start("parts")
+    while not any(line["step"] == 5 for line in lines_so_far(tmp_path / "parts")):
+        time.sleep(0.002)
+    stopped.terminate()
+    assert stopped.wait() != 0
+    (saved,) = Checkpoints(tmp_path / "parts").all()
+    assert saved.step in (5, 6, 7)  # between the lines of steps 4 and 8
+    assert start("parts").wait() == 0
+    whole, parts = (timeless_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [line["step"] for line in parts] == [line["step"] for line in whole]
+    for line, expected in zip(parts, whole, strict=True):
+        assert line["loss" if "loss" in line else "validation_loss"] == pytest.approx(
+            expected["loss" if "loss" in line else "validation_loss"], rel=1e-12
+        )
+    final = "model.safetensors"
+    assert (tmp_path / "parts" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+def lines_so_far(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []

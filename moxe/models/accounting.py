@@ -109,7 +109,7 @@ def count_parameters(config: MoxEConfig) -> ParameterCount:
     """Counts the parameters of the model that `config` describes, built on the meta device."""
     total = dict.fromkeys(_MODULES, 0)
     for name, parameter in _meta_model(config).named_parameters():  # a tied weight comes once, as the embedding
-        total[_part_of(name)] += parameter.numel()
+        total[part_of(name)] += parameter.numel()
     active = {part: _active_share(part, count, config) for part, count in total.items()}
     always = sum(count for part, count in total.items() if part not in _EXPERT_PARTS)
     experts = {part: number for part, number in _blocks_a_layer(config).items() if part in _EXPERT_PARTS}
@@ -168,7 +168,7 @@ def flops_per_token(config: MoxEConfig) -> FlopCount:
     projections, convolutions = Counter[str](), Counter[str]()
     for module_name, module in _meta_model(config).named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            part = _part_of(f"{module_name}.{name}")
+            part = part_of(f"{module_name}.{name}")
             if name in _MATRICES.get(type(module), ()):
                 projections[part] += 2 * parameter.numel()
             elif isinstance(module, StackedConv) and name == "weight":
@@ -199,7 +199,11 @@ def _meta_model(config: MoxEConfig) -> MoxEForCausalLM:
         return MoxEForCausalLM(config)
 
 
-def _part_of(parameter_name: str) -> str:
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter belongs to, by its name in `MoxEForCausalLM.named_parameters`; "head" is an untied one.
+
+    The parts are those of `ParameterCount`.
+    """
     name = re.sub(r"^model\.layers\.\d+\.", "", parameter_name)
     return next(part for part, module in _MODULES.items() if name.startswith(module + "."))
 

@@ -9,6 +9,7 @@ from typing import Literal
 from moxe.errors import UserError
 
 Schedule = Literal["cosine", "wsd"]
+OnNonfinite = Literal["stop", "skip"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -30,6 +31,12 @@ class TrainingConfig:
         weight_decay: of AdamW, on the matrices of `decays_weight` (moxe/training/optimizer.py) alone.
         beta1, beta2: of AdamW.
         max_grad_norm: the gradient is scaled down to this norm; 0: never.
+        on_nonfinite: what a step does whose loss or gradient is not finite: `stop` ends the run before its update;
+            `skip` makes no update (weights and optimiser stay as they are) and goes on with the next step.
+        spike_sigmas: an update is skipped too if its language-model loss lies more than this many standard deviations
+            above the mean of the recent steps'; 0: never.
+        max_skips_in_a_row: skipped updates without one that was made in between, of each of the two causes. One more
+            that is not finite ends the run; one more spike is taken for the new level, and its update is made.
         schedule: `cosine`, or `wsd`: warm-up, constant, then a cosine decay over the last `decay_ratio`.
         warmup_ratio: share of the steps with a linear warm-up from 0.
         decay_ratio: share of the steps that `wsd` decays over.
@@ -65,6 +72,9 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    on_nonfinite: OnNonfinite = "stop"
+    spike_sigmas: float = 0.0
+    max_skips_in_a_row: int = 5
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.1
     decay_ratio: float = 0.2
@@ -82,9 +92,16 @@ class TrainingConfig:
     sample_tokens: int = 100
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "gradient_accumulation_steps", "logging_steps", "save_total_limit"):
+        for key in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "save_total_limit",
+            "max_skips_in_a_row",
+        ):
             self._require(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("seed", "eval_steps", "save_steps", "sample_tokens", "weight_decay", "max_grad_norm"):
+        counts = ("seed", "eval_steps", "save_steps", "sample_tokens")
+        for key in (*counts, "weight_decay", "max_grad_norm", "spike_sigmas"):
             self._require(key, 0 <= getattr(self, key) < math.inf, "at least 0")
         for key in ("learning_rate", "num_epochs"):
             self._require(key, 0 < getattr(self, key) < math.inf, "a finite number above 0")

@@ -1,9 +1,11 @@
 """metrics.jsonl: one JSON object a line, a training line every `logging_steps` and a line for every validation.
 
 Training line: step, epoch, tokens (read so far), learning_rate, loss and its terms (means over the steps since the
-last line), gradient_norm (before clipping, of the last step), tokens_per_second, layers
-(one object of RoutingStatistics a layer). Validation line: step, epoch, tokens, validation_loss and the terms as
-validation_lm_loss and so on (means over the held-out tokens), validation_tokens, validation_layers.
+last line; skipped steps count), gradient_norm (before clipping, of the last step),
+gradient_norms (the same by part of the model; the squares add up), skipped_steps (since the beginning of the run),
+tokens_per_second, layers (one object of RoutingStatistics a layer). Validation line: step, epoch, tokens,
+validation_loss and the terms as validation_lm_loss and so on (means over the held-out tokens), validation_tokens,
+validation_layers.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 losses.png: every term of the loss over training, as in the paper's Figure 3. utilisation.png: the load of every expert
 of every layer, as in Figure 8. routing.png: difficulty, router entropy and the share of the mLSTM experts, by layer.
+gradients.png: the norm of the gradient of each part of the model, where the lines hold it.
 Colours are told apart with any colour vision (Okabe and Ito's palette; viridis for depth).
 """
 
@@ -25,6 +26,7 @@ from moxe.observability.metrics import read_metrics
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
 _GROUP_M, _GROUP_S = _BLUE, _ORANGE
+_MARKERS = "osD^vP*X<>"
 # Title and key of each panel of losses.png.
 _LOSS_PANELS = (
     ("Cross-entropy (nats a token)", "lm_loss"),
@@ -45,7 +47,7 @@ def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
     """Draw the pictures of the run whose metrics.jsonl this is.
 
     Returns:
-        The files written: losses.png, utilisation.png, routing.png in `output_dir`.
+        The files written: losses.png, utilisation.png, routing.png, gradients.png in `output_dir`.
 
     Raises:
         UserError: if there is no such file, or no training line in it.
@@ -64,6 +66,8 @@ def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
         "utilisation.png": _draw_utilisation(training),
         "routing.png": _draw_routing(training),
     }
+    if "gradient_norms" in training[-1]:
+        figures["gradients.png"] = _draw_gradients(training)
     return [_save(figure, output_dir / name) for name, figure in figures.items()]
 
 
@@ -130,14 +134,13 @@ def _draw_routing(training: list[dict[str, Any]]) -> Figure:
     panels = [panel for panel in _ROUTING_PANELS if first[0][panel[1]] is not None]
     figure, axes = _grid(len(panels), columns=2)
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(first)))
-    markers = "osD^vP*X<>"
     for axis, (title, key) in zip(axes, panels, strict=True):
         for layer, color in enumerate(colors):
             axis.plot(
                 _column(training, "step"),
                 [record["layers"][layer][key] for record in training],
                 color=color,
-                marker=markers[layer % len(markers)],
+                marker=_MARKERS[layer % len(_MARKERS)],
                 markersize=4,
                 markevery=max(1, len(training) // 12),
                 linewidth=1.5,
@@ -146,6 +149,29 @@ def _draw_routing(training: list[dict[str, Any]]) -> Figure:
         axis.set_title(title)
     axes[-1].axhline(0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
     axes[0].legend(frameon=False, fontsize=7, ncols=math.ceil(len(first) / 5))
+    return figure
+
+
+def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
+    figure, (axis,) = _grid(1, columns=1)
+    figure.set_size_inches(8.4, 4.4)
+    parts = list(training[-1]["gradient_norms"])
+    colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(parts)))
+    for index, (part, color) in enumerate(zip(parts, colors, strict=True)):
+        axis.plot(
+            _column(training, "step"),
+            [record.get("gradient_norms", {}).get(part, math.nan) for record in training],
+            color=color,
+            marker=_MARKERS[index],
+            markersize=4,
+            markevery=max(1, len(training) // 12),
+            linewidth=1.5,
+            label=part.replace("_", " "),
+        )
+    axis.plot(_column(training, "step"), _column(training, "gradient_norm"), color=_GREY, linewidth=2, label="all")
+    axis.set_title("Gradient norm before clipping, by part")
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -14,7 +14,7 @@ from moxe.errors import UserError
 from moxe.observability.metrics import LOSS_TERMS
 from moxe.observability.plots import draw_run
 
-NAMES = ["losses.png", "utilisation.png", "routing.png"]
+NAMES = ["losses.png", "utilisation.png", "routing.png", "gradients.png"]
 
 
 def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, difficulty: bool = True) -> Path:
@@ -31,7 +31,8 @@ def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, di
             for _ in range(layers)
         ]
         losses = {term: 1 / step for term in LOSS_TERMS if difficulty or term != "difficulty_loss"}
-        records.append({"step": step, "tokens": step, **losses, "gradient_norm": 1.0, "layers": of_layers})
+        norms = {"gradient_norm": 1.0, "gradient_norms": {"embedding": 0.6, "slstm_experts": 0.8}}
+        records.append({"step": step, "tokens": step, **losses, **norms, "layers": of_layers})
         records.append({"step": step, **{f"validation_{term}": value for term, value in losses.items()}})
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -46,7 +47,7 @@ def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, di
         {"lines": 3, "layers": 1, "experts": 2, "difficulty": False},
     ],
 )
-def test_a_run_gives_three_pictures(run: dict[str, Any], tmp_path: Path):
+def test_a_run_gives_four_pictures(run: dict[str, Any], tmp_path: Path):
     files = draw_run(write_run(tmp_path, **run), tmp_path / "plots")
     assert [file.name for file in files] == NAMES
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(NAMES)
@@ -60,8 +61,19 @@ def test_losses_that_are_not_finite_can_be_drawn(tmp_path: Path):
     path = write_run(tmp_path, 3)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records[2]["lm_loss"] = math.nan
+    records[2]["gradient_norms"]["embedding"] = math.nan
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert len(draw_run(path, tmp_path / "plots")) == 3
+    assert len(draw_run(path, tmp_path / "plots")) == 4
+
+
+@pytest.mark.parametrize(("lines_with_norms", "names"), [(0, NAMES[:3]), (1, NAMES)])
+def test_lines_without_gradient_norms_can_be_drawn(lines_with_norms: int, names: list[str], tmp_path: Path):
+    path = write_run(tmp_path, 3)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in [record for record in records if "layers" in record][: 3 - lines_with_norms]:
+        del record["gradient_norms"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [file.name for file in draw_run(path, tmp_path / "plots")] == names
 
 
 def test_a_missing_or_empty_metrics_file_is_refused_and_nothing_is_drawn(tmp_path: Path):

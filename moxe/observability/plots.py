@@ -170,7 +170,8 @@ def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
         )
     axis.plot(_column(training, "step"), _column(training, "gradient_norm"), color=_GREY, linewidth=2, label="all")
     axis.set_title("Gradient norm before clipping, by part")
-    axis.set_yscale("log")
+    if any(0 < norm < math.inf for norm in _column(training, "gradient_norm")):
+        axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

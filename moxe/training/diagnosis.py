@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -41,8 +41,21 @@ _GATES: dict[tuple[type[nn.Module], str], _Gates] = {
 }
 
 
-def diagnose(model: MoxEForCausalLM, batches: Sequence[Mapping[str, Tensor]], losses: Mapping[str, float]) -> str:
-    """What is not finite in a step, as a clause: "lm_loss is not finite, first layer 1, mlstm_experts, keys (...)".
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is not finite in a step.
+
+    Args:
+        finding: a clause, such as "lm_loss is not finite, first layer 1, mlstm_experts, keys (...)".
+        is_in_weights: whether the weights themselves are not finite, so that no other batch can do better.
+    """
+
+    finding: str
+    is_in_weights: bool = False
+
+
+def diagnose(model: MoxEForCausalLM, batches: Sequence[Mapping[str, Tensor]], losses: Mapping[str, float]) -> Diagnosis:
+    """Where a step that is not finite went wrong.
 
     Of several processes each looks at its own batches; only one of them may find the place.
 
@@ -53,13 +66,14 @@ def diagnose(model: MoxEForCausalLM, batches: Sequence[Mapping[str, Tensor]], lo
     """
     broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if broken:
-        return f"the weights are not finite: {_describe_parameter(model, broken[0])}{_and_more(len(broken) - 1)}"
+        others = _and_more(len(broken) - 1)
+        return Diagnosis(f"the weights are not finite: {_describe_parameter(model, broken[0])}{others}", True)
     terms = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if terms:
         place = next(filter(None, (_first_in_forward(model, batch) for batch in batches)), "")
         where = f", first {place}" if place else ", though every module's output is finite"
-        return f"{', '.join(terms)} {'is' if len(terms) == 1 else 'are'} not finite{where}"
-    return _describe_gradients(model)
+        return Diagnosis(f"{', '.join(terms)} {'is' if len(terms) == 1 else 'are'} not finite{where}")
+    return Diagnosis(_describe_gradients(model))
 
 
 def _describe_parameter(model: MoxEForCausalLM, name: str) -> str:

@@ -66,6 +66,16 @@ def test_losses_that_are_not_finite_can_be_drawn(tmp_path: Path):
     assert len(draw_run(path, tmp_path / "plots")) == 4
 
 
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])
+def test_gradients_of_which_none_is_positive_and_finite_can_be_drawn(norm: float, tmp_path: Path):
+    path = write_run(tmp_path, 3)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record.update({"gradient_norm": norm, "gradient_norms": {"embedding": norm, "head": norm}})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(draw_run(path, tmp_path / "plots")) == 4
+
+
 @pytest.mark.parametrize(("lines_with_norms", "names"), [(0, NAMES[:3]), (1, NAMES)])
 def test_lines_without_gradient_norms_can_be_drawn(lines_with_norms: int, names: list[str], tmp_path: Path):
     path = write_run(tmp_path, 3)

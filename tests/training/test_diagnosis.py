@@ -28,7 +28,9 @@ def finding(model: MoxEForCausalLM, *batches: dict[str, Tensor]) -> str:
         outputs = model(**inputs)
         outputs.loss.backward()
         losses = {term: losses[term] + getattr(outputs, term).item() for term in LOSS_TERMS}
-    return diagnose(model, batches or (batch(),), losses)
+    diagnosis = diagnose(model, batches or (batch(),), losses)
+    assert diagnosis.is_in_weights == (not all(p.isfinite().all() for p in model.parameters()))
+    return diagnosis.finding
 
 
 def set_weight(model: MoxEForCausalLM, name: str, index: object, value: float) -> None:
@@ -160,7 +162,7 @@ def test_a_norm_that_overflows_without_any_number_doing_so_is_told_apart():
     model = tiny_model()
     finding(model)
     model.lm_head.weight.grad[3, 3] = 3e30
-    message = diagnose(model, [batch()], dict.fromkeys(LOSS_TERMS, 1.0))
+    message = diagnose(model, [batch()], dict.fromkeys(LOSS_TERMS, 1.0)).finding
     assert "their norm is not" in message
     assert "3e+30, is in the gradient of lm_head.weight (head)" in message
 

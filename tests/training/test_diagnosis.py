@@ -122,6 +122,14 @@ def test_an_overflow_is_traced_to_the_first_module_and_gate(
     assert message.endswith(f"not finite, first {expected}")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_an_overflow_of_the_recurrence_is_the_cells(backend: str):
+    model = tiny_model(backend=backend)
+    set_weight(model, "model.layers.1.slstm_mixer.recurrent_weight", slice(None), 3e38)
+    message = finding(model)
+    assert "first layer 1, slstm_mixers, cell, all of whose inputs are finite, its input gate at most " in message
+
+
 def test_only_the_batch_with_the_bad_token_shows_it_and_every_batch_is_looked_at():
     model = tiny_model()
     set_weight(model, "model.embed_tokens.weight", 9, 3e38)

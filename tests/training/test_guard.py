@@ -114,18 +114,18 @@ def test_spikes_and_nonfinite_steps_in_turn_come_to_an_end():
     assert actions == ["skip"] * 4 + ["stop"]
 
 
-@pytest.mark.parametrize("stopped_after", [10, NEEDED + 4, 150, 202, 300])
+@pytest.mark.parametrize("stopped_after", [10, NEEDED + 4, 150, 202, 300, 302])
 def test_a_resumed_run_decides_the_same(stopped_after: int):
     noise = random.Random(1)
     losses = [4 + 4 * math.exp(-step / 40) + noise.gauss(0, 0.1) for step in range(400)]
     for step in (60, 61, 250, 350):
         losses[step] = 30.0
-    for step in range(200, 205):
+    for step in range(200, 207):
         losses[step] = math.nan
     losses[300:320] = [7.0] * 20
     whole, first, resumed = (make_guard(on_nonfinite="skip", max_skips_in_a_row=5) for _ in range(3))
     expected = [judge(whole, loss) for loss in losses]
-    assert len({(verdict.action, verdict.cause) for verdict in expected}) == 4
+    assert len({(verdict.action, verdict.cause) for verdict in expected}) == 5
     verdicts = [judge(first, loss) for loss in losses[:stopped_after]]
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     verdicts += [judge(resumed, loss) for loss in losses[stopped_after:]]

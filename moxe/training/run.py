@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
             metrics=metrics,
             checkpoints=folder.checkpoints,
             signals=signals,
+            say=partial(_say, console),
             model=model,
             args=arguments,
             train_dataset=corpus.train,

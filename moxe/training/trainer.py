@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -27,11 +28,16 @@ from moxe.errors import UserError
 from moxe.models.modeling_moxe import MoxECausalLMOutput, MoxEForCausalLM, pack_tokens
 from moxe.observability.metrics import LOSS_TERMS, MetricsFile
 from moxe.observability.routing import RoutingMeter, RoutingStatistics
+from moxe.observability.watch import RoutingWatch
 from moxe.training.callbacks import LastStep, Throughput
 from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, Checkpoints, read_json
 from moxe.training.config import TrainingConfig
+from moxe.training.diagnosis import diagnose
+from moxe.training.gradients import gradient_norms, part_norms, total_norm
+from moxe.training.guard import UpdateGuard
 from moxe.training.optimizer import decayed_parameter_names, learning_rate_schedule
 from moxe.training.signals import StopSignals
+from moxe.training.tokens import require_known_tokens
 
 
 class LossMeter:
@@ -43,11 +49,13 @@ class LossMeter:
     def reset(self) -> None:
         self.sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)  # on the CPU
 
-    def add(self, outputs: MoxECausalLMOutput, *, loss_weight: float, router_weight: float) -> None:
-        """`loss_weight` is that of the whole loss and of the language-model loss."""
+    def add(self, outputs: MoxECausalLMOutput, *, loss_weight: float, router_weight: float) -> Tensor:
+        """What was added; `loss_weight` is that of the whole loss and of the language-model loss."""
         values = torch.stack([getattr(outputs, term).detach() for term in LOSS_TERMS]).cpu().double()
         weights = [loss_weight if term in ("loss", "lm_loss") else router_weight for term in LOSS_TERMS]
-        self.sums += values * torch.tensor(weights, dtype=torch.float64)
+        added = values * torch.tensor(weights, dtype=torch.float64)
+        self.sums += added
+        return added
 
 
 class ValidationStopped(Exception):
@@ -74,6 +82,7 @@ class MoxETrainer(Trainer):
         metrics: MetricsFile | None = None,
         checkpoints: Checkpoints | None = None,
         signals: StopSignals | None = None,
+        say: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> None:
         """As Trainer, with what a run brings.
@@ -83,6 +92,7 @@ class MoxETrainer(Trainer):
             metrics: the file to write metrics to; None in all processes but the first.
             checkpoints: where to save; None: nowhere.
             signals: looked at after each step and each batch of a validation.
+            say: prints a sentence.
         """
         super().__init__(model=model, **kwargs)
         self.training = training
@@ -92,6 +102,10 @@ class MoxETrainer(Trainer):
         self._saved_step: int | None = None
         self._steps_an_epoch = 0
         self._validation_is_due = False
+        self.say = say or (lambda sentence: None)
+        self.guard, self.routing_watch = UpdateGuard(training), RoutingWatch()
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients
+        self._begin_step()
         num_experts = model.config.num_experts
         self.interval_losses, self.interval_routing = LossMeter(), RoutingMeter(num_experts)
         self.validation_routing = RoutingMeter(num_experts)
@@ -116,6 +130,16 @@ class MoxETrainer(Trainer):
 
     # Loss
 
+    def _begin_step(self) -> None:
+        self.step_batches: list[dict[str, Tensor]] = []
+        self.step_losses = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)  # on the CPU
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        assert isinstance(self.model, MoxEForCausalLM)
+        name = f"the batch of step {self.state.global_step + 1}" if self.model.training else "a batch of the validation"
+        require_known_tokens(inputs, self.model.config.vocab_size, name)
+        return super()._prepare_inputs(inputs)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Targets of all micro-batches of a step, on all devices."""
         return self._reduce(torch.tensor(sum(count_targets(batch) for batch in batch_samples))).to(device)
@@ -134,22 +158,59 @@ class MoxETrainer(Trainer):
             assert num_items_in_batch is not None  # get_batch_samples counts them
             # The outputs' loss and lm_loss are already this micro-batch's part of the step's; the others are means.
             share = count_targets(inputs) / max(1, int(num_items_in_batch))
-            self.interval_losses.add(outputs, loss_weight=1.0, router_weight=share)
+            self.step_losses += self.interval_losses.add(outputs, loss_weight=1.0, router_weight=share)
+            self.step_batches.append(inputs)
             self.interval_routing.add(outputs.routing, inputs.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """The norm before clipping. A norm that is not finite ends the run before it reaches the weights."""
-        norm = float(torch.as_tensor(super()._get_grad_norm(model, grad_norm)))
-        if not math.isfinite(norm):
-            step = self.state.global_step + 1
-            losses = self._interval_losses(self.throughput.steps + 1)
-            self._write({"step": step, "tokens": self.state.num_input_tokens_seen, **losses, "gradient_norm": norm})
-            raise UserError(
-                f"the gradient norm is {norm} at step {step} (loss {losses['loss']:.4g}): training stopped before the "
-                f"weights were touched; try a training.learning_rate below {self.training.learning_rate:g}"
-            )
-        return norm
+    # Update
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """Judge the step, then clip its gradient, or take it away so that the optimiser changes nothing.
+
+        Returns:
+            The norm before clipping.
+        """
+        assert isinstance(self.model, MoxEForCausalLM)
+        self.norms = gradient_norms(self.model)
+        norm = total_norm(self.norms)
+        if not self._may_update(norm.item()):
+            self.model.zero_grad(set_to_none=True)
+        elif self.args.max_grad_norm > 0:
+            clip_grads_with_norm_(self.model.parameters(), self.args.max_grad_norm, norm)
+        self._begin_step()
+        return norm.item()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        """The norm before clipping, also where nothing is clipped."""
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _may_update(self, norm: float) -> bool:
+        """Whether the step that is about to be made is made; says why not.
+
+        Raises:
+            UserError: if the run is to stop.
+        """
+        assert isinstance(self.model, MoxEForCausalLM)
+        step = self.state.global_step + 1
+        losses: dict[str, float] = dict(zip(LOSS_TERMS, self._reduce(self.step_losses).tolist(), strict=True))
+        verdict = self.guard.judge(losses, norm)
+        if verdict.cause == "nonfinite":
+            diagnosis = diagnose(self.model, self.step_batches, losses)
+            if verdict.action == "stop" or diagnosis.is_in_weights:
+                means = self._interval_losses(self.throughput.steps + 1)
+                self._write({"step": step, "tokens": self.state.num_input_tokens_seen, **means, "gradient_norm": norm})
+                try_skip = self.training.on_nonfinite == "stop" and not diagnosis.is_in_weights
+                raise UserError(
+                    f"training stopped before the update of step {step}: {diagnosis.finding} ({verdict.reason}); try a "
+                    f"training.learning_rate below {self.training.learning_rate:g}"
+                    + (", or training.on_nonfinite skip" if try_skip else "")
+                )
+            self.say(f"step {step} skipped: {diagnosis.finding} ({verdict.reason})")
+        elif verdict.cause == "spike":
+            accepted = "" if verdict.action == "skip" else ", as did the skipped steps before it: the new level"
+            self.say(f"step {step} {'made' if accepted else 'skipped'}: {verdict.reason}{accepted}")
+        return verdict.action == "update"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the Trainer's estimate (6 x parameters x tokens) is wrong where experts are chosen."""
@@ -166,19 +227,25 @@ class MoxETrainer(Trainer):
         self.state.log_history.clear()  # metrics.jsonl is the history; each trainer_state.json would hold it again
 
     def _log_training(self, logs: dict[str, float]) -> None:
+        step, tokens = self.state.global_step, self.state.num_input_tokens_seen
+        layers = self._statistics(self.interval_routing)
         record = {
-            "step": self.state.global_step,
+            "step": step,
             "epoch": self.state.epoch,
-            "tokens": self.state.num_input_tokens_seen,
+            "tokens": tokens,
             "learning_rate": logs["learning_rate"],
             **self._interval_losses(self.throughput.steps),
             "gradient_norm": logs["grad_norm"],
-            "tokens_per_second": self.throughput.take(self.state.num_input_tokens_seen),
-            "layers": [asdict(layer) for layer in self._statistics(self.interval_routing)],
+            "gradient_norms": part_norms(self.norms),
+            "skipped_steps": self.guard.skipped_steps,
+            "tokens_per_second": self.throughput.take(tokens),
+            "layers": [asdict(layer) for layer in layers],
         }
         self.interval_losses.reset()
         self.interval_routing.reset()
         self._report(record)
+        for sentence in self.routing_watch.read(step, tokens, layers):
+            self.say(f"step {step}: {sentence}")
 
     def _interval_losses(self, steps: int) -> dict[str, float]:
         """Each term of the loss, averaged over the `steps` since the last line."""
@@ -345,6 +412,8 @@ class MoxETrainer(Trainer):
         routing = self.interval_routing.sums
         return {
             "validation_is_due": self._validation_is_due,
+            "guard": self.guard.state_dict(),
+            "routing_watch": self.routing_watch.state_dict(),
             "interval": self.throughput.state_dict(),
             "interval_losses": self._reduce(self.interval_losses.sums).tolist(),
             "interval_routing": None if routing is None else self._reduce(routing).tolist(),
@@ -353,6 +422,8 @@ class MoxETrainer(Trainer):
     def _load_progress(self, checkpoint: Path) -> None:
         progress = read_json(checkpoint / PROGRESS)
         self._validation_is_due = progress["validation_is_due"]
+        self.guard.load_state_dict(progress["guard"])
+        self.routing_watch.load_state_dict(progress["routing_watch"])
         self.throughput.load_state_dict(progress["interval"])
         if self.args.process_index == 0:  # the sums of all processes are added up again for the next line
             self.interval_losses.sums = torch.tensor(progress["interval_losses"], dtype=torch.float64)

@@ -34,15 +34,23 @@ def one_thread():
 def make_trainer(tmp_path: Path) -> Callable[..., MoxETrainer]:
     """A trainer in `tmp_path`; keywords are settings of the `training` section, `model` and `rows` aside."""
 
-    def make(*, model: Any = None, rows: int = 8, metrics: MetricsFile | None = None, **settings: Any) -> MoxETrainer:
+    def make(
+        *,
+        model: Any = None,
+        rows: int | Rows = 8,
+        metrics: MetricsFile | None = None,
+        say: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> MoxETrainer:
         defaults = {"batch_size": 4, "logging_steps": 1, "eval_steps": 0, "save_steps": 0}
         recipe = load_recipe("default", {"training": {**defaults, **settings, "output_dir": str(tmp_path)}})
         return MoxETrainer(
             training=recipe.training,
             metrics=metrics,
+            say=say,
             model=tiny_model() if model is None else model,
             args=training_arguments(recipe),
-            train_dataset=Rows(rows),
+            train_dataset=Rows(rows) if isinstance(rows, int) else rows,
             eval_dataset=Rows(5, seed=1),
             data_collator=default_data_collator,
         )

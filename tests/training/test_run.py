@@ -41,7 +41,12 @@ def test_a_run_leaves_a_whole_folder(finished: Finished):
         "manifest.json",
         ".lock",
     }
-    assert {file.name for file in (path / "plots").iterdir()} == {"losses.png", "utilisation.png", "routing.png"}
+    assert {file.name for file in (path / "plots").iterdir()} == {
+        "losses.png",
+        "utilisation.png",
+        "routing.png",
+        "gradients.png",
+    }
     assert logged_steps(path) == ALL_STEPS
     assert load_recipe(path / "recipe.yaml") == finished.recipe
     versions = json.loads((path / "versions.json").read_text(encoding="utf-8"))

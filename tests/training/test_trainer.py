@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from moxe.errors import UserError
 from moxe.observability.metrics import LOSS_TERMS, MetricsFile, read_metrics
 from moxe.observability.routing import routing_statistics
 from moxe.training.trainer import count_targets, flatten
@@ -88,10 +87,11 @@ def test_a_training_line_holds_every_number(make_trainer, tmp_path: Path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     tokens = int(Rows(8).attention_mask.sum())
     assert lines[-1]["tokens"] == 2 * tokens
-    expected = {"step", "epoch", "tokens", "learning_rate", *LOSS_TERMS, "gradient_norm", "tokens_per_second", "layers"}
+    numbers = {"step", "epoch", "tokens", "learning_rate", *LOSS_TERMS, "gradient_norm", "tokens_per_second"}
     for line in lines:
-        assert line.keys() == expected
-        assert all(math.isfinite(line[key]) for key in expected - {"layers"})
+        assert line.keys() == numbers | {"gradient_norms", "skipped_steps", "layers"}
+        assert all(math.isfinite(line[key]) for key in numbers)
+        assert line["skipped_steps"] == 0
         assert line["tokens_per_second"] > 0
         assert len(line["layers"]) == 2
         for layer in line["layers"]:
@@ -144,21 +144,6 @@ def test_training_lowers_the_loss(make_trainer, tmp_path: Path):
     assert lines[-1] < lines[0] - 0.5
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(make_trainer, tmp_path: Path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    trainer = make_trainer(metrics=metrics, max_steps=3)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[3, 0] = math.nan
-    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
-    with pytest.raises(UserError, match="gradient norm is nan at step 1"):
-        trainer.train()
-    for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
-    (record,) = read_metrics(metrics.path)
-    assert math.isnan(record["loss"])
-    assert math.isnan(record["gradient_norm"])
-
-
 def test_bfloat16_autocast_trains_float32_weights(make_trainer, tmp_path: Path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     trainer = make_trainer(metrics=metrics, max_steps=2, bf16=True)
@@ -168,5 +153,7 @@ def test_bfloat16_autocast_trains_float32_weights(make_trainer, tmp_path: Path):
 
 
 def test_reporters_are_given_every_number_under_a_flat_name():
-    record = {"loss": 1.0, "layers": [{"load": [0.25, 0.75], "difficulty_mean": None}]}
-    assert flatten(record) == {"loss": 1.0, "layers/0/load/0": 0.25, "layers/0/load/1": 0.75}
+    layers = [{"load": [0.25, 0.75], "difficulty_mean": None}]
+    record = {"loss": 1.0, "gradient_norms": {"head": 0.5}, "layers": layers}
+    flat = {"loss": 1.0, "gradient_norms/head": 0.5, "layers/0/load/0": 0.25, "layers/0/load/1": 0.75}
+    assert flatten(record) == flat

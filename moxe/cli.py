@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import itertools
 import json
 import math
@@ -21,15 +22,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import moxe
 from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
-from moxe.errors import Stopped, UserError
+from moxe.errors import Stopped, UserError, shown
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from moxe.doctor import Diagnosis
 
 # How long a thread of torch's CPU pool spins for the next task before it sleeps. The library's own value is some 300
 # times longer: alone on the machine that is a few percent faster, beside one busy process several times slower.
 THREAD_SPINS = "1000"
 
+# What torch says where Python would raise MemoryError: without memory, on a GPU, for a size beyond 64 bits.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Storage size calculation overflowed")
+
+LONGEST_SENTENCE = 1000
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -42,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for a failed benchmark, a wrong backend or a resume that is not exact; 2 for bad input; 128 plus the number
         of the signal that stopped it: 130 for Ctrl-C, 143 for SIGTERM.
     """
+    _prepare_streams()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -53,11 +61,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nmoxe: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except (UserError, OSError) as error:
-        print(f"moxe: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        return _refuse(
+            "there is not enough memory: choose a smaller batch_size, sequence_length or hidden_size"
+            + f" ({reason.rpartition('] ')[2]})" * bool(reason)
+        )
+
+
+def _prepare_streams() -> None:
+    """Text that the terminal cannot show is escaped, and a stream that the caller has closed swallows what it gets."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, open to the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse(sentence: str) -> int:
+    """Print one line; what would move the cursor or colour the terminal is escaped."""
+    sentence = " ".join(sentence.split())
+    if len(sentence) > LONGEST_SENTENCE:
+        sentence = f"{sentence[: LONGEST_SENTENCE // 2]} ... {sentence[-LONGEST_SENTENCE // 2 :]}"
+    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in sentence)
+    print(f"moxe: {printable}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is what failed, and Python would complain once more at its end
+        _discard_output()
+    return EXIT_USER_ERROR
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -222,6 +265,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """argparse's own loses a help text that cannot be written and says nothing."""
+        (file or sys.stderr).write(message)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -434,8 +481,8 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _whole_number(lowest: int, highest: int = 2**63 - 1) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {highest}")
+        if not text.isdecimal() or len(text) > len(str(highest)) or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {lowest} to {highest}")
         return int(text)
 
     return convert

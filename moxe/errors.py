@@ -1,10 +1,20 @@
-"""What ends a command in one sentence instead of a traceback."""
+"""What ends a command in one sentence instead of a traceback, and how that sentence shows a value."""
 
+from __future__ import annotations
+
+import reprlib
 import signal
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 class UserError(ValueError):
     """Bad input, told in one clear sentence; the command line prints it without a traceback and exits with code 2."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.split()))  # a path or a library's message may break the line
 
 
 class Stopped(KeyboardInterrupt):
@@ -18,3 +28,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int, consequence: str = "") -> None:
         self.signum = signal.Signals(signum)
         super().__init__(f"stopped by {self.signum.name}" + (f"; {consequence}" if consequence else ""))
+
+
+def shown(value: object) -> str:
+    """`repr`, cut short: what YAML's aliases repeat can be longer than memory, and an integer has no digit limit."""
+    if isinstance(value, int) and abs(value) >= 2**128:
+        return f"a number of {value.bit_length()} bits"
+    return _SHORT.repr(value)

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import os
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from moxe.data.config import DataConfig
-from moxe.errors import UserError
+from moxe.errors import UserError, shown
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.training.config import TrainingConfig
 
@@ -53,7 +53,7 @@ class Recipe:
     @property
     def run_dir(self) -> Path:
         """The folder the run writes."""
-        return Path(self.training.output_dir).expanduser() / self.name
+        return Path(os.path.expanduser(self.training.output_dir)) / self.name
 
     def model_config(self, vocab_size: int | None = None, **special_tokens: int | None) -> MoxEConfig:
         """The configuration of the model for a tokenizer of `vocab_size` tokens.
@@ -122,14 +122,19 @@ def load_recipe(name_or_path: str | Path = "default", overrides: Overrides = ())
         sections.setdefault(section, {}).update(values)
 
     typed = {name: _typed_section(name, values) for name, values in sections.items()}
-    training = TrainingConfig(**typed.get("training", {}))
-    if training.name is None:
-        training.name = path.stem
+    settings = typed.get("training", {})
+    if settings.get("name") is None:
+        settings["name"] = path.stem
+    training = TrainingConfig(**settings)
     own_defaults = {field.name: field.default for field in dataclasses.fields(MoxEConfig)}
     model = {key: own_defaults[key] for key in MoxEConfig.setting_names() if key not in _FROM_TOKENIZER}
     model.update(typed.get("model", {}))
-    _build_model_config(model)
-    return Recipe(model=model, data=DataConfig(**typed.get("data", {})), training=training)
+    recipe = Recipe(model=model, data=DataConfig(**typed.get("data", {})), training=training)
+    if "vocab_size" in model or recipe.data.tokenizer == "train":
+        recipe.model_config()
+    else:
+        _build_model_config(model)
+    return recipe
 
 
 def setting_types(section: str) -> dict[str, Any]:
@@ -147,43 +152,74 @@ def _find(name_or_path: str) -> Path:
     packaged = _PACKAGED / f"{name_or_path}.yaml"
     if name_or_path in recipe_names():
         return packaged
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
+    path = Path(os.path.expanduser(name_or_path))
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"the recipe {shown(name_or_path)} cannot be read: {error.strerror}") from None
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UserError(f"there is no recipe file {name_or_path!r}")
+        raise UserError(f"there is no recipe file {shown(name_or_path)}")
     raise UserError(_unknown("recipe", name_or_path, recipe_names()))
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicateKeys)
+        content = _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the recipe {path} is not valid YAML: {error}") from None
     if content is None:
         return {}
     return {section: dict(values) for section, values in _checked_sections(content, f"the recipe {path}").items()}
 
 
-class _NoDuplicateKeys(yaml.SafeLoader):
+def _parse(text: str) -> Any:
+    """The value of a YAML document, by a loader that makes plain values only and runs nothing.
+
+    Raises:
+        yaml.YAMLError: for what is no YAML, or no value of the type it claims to be.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
     """YAML lets a later key silently win over an earlier one of the same name; in a recipe that is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is set twice", node.start_mark)
+        keys = set()
+        # What is no mapping (`!!map [1]`) and keys that cannot be keys are refused by the method that this one extends.
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in keys:
+                    problem = f"the key {shown(key)} is set twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+                keys.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, AttributeError):  # a month 13, `!!int x`, 5,000 digits
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _checked_sections(content: Any, owner: str) -> Mapping[str, Mapping[str, Any]]:
     """`content` if it is a mapping of known sections to mappings; an empty section counts as one without settings."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{owner} is {content!r}, but a mapping of sections is expected: model, data, training")
+        raise UserError(f"{owner} is {shown(content)}, but a mapping of sections is expected: model, data, training")
     for section, values in content.items():
         setting_types(str(section))
         if values is not None and not isinstance(values, Mapping):
-            raise UserError(f"{owner} sets the section {section} to {values!r}, but a mapping is expected")
+            raise UserError(f"{owner} sets the section {section} to {shown(values)}, but a mapping is expected")
     return {section: values or {} for section, values in content.items()}
 
 
@@ -194,7 +230,8 @@ def _nested(overrides: Overrides) -> Mapping[str, Mapping[str, Any]]:
     for dotted, text in overrides:
         section, dot, key = dotted.partition(".")
         if not dot:
-            raise UserError(f"the override {dotted!r} must be written as section.key, such as training.learning_rate")
+            example = "training.learning_rate"
+            raise UserError(f"the override {shown(dotted)} must be written as section.key, such as {example}")
         types_of_keys = setting_types(section)
         if key not in types_of_keys:
             raise UserError(_unknown(f"setting {section}", key, types_of_keys))
@@ -212,7 +249,7 @@ def _from_command_line(dotted: str, text: str, hint: Any) -> Any:
     if any(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     try:
-        return yaml.safe_load(text)
+        return _parse(text)
     except yaml.YAMLError:
         raise UserError(_wrong_type(dotted, text, hint)) from None
 
@@ -223,15 +260,19 @@ def _typed_section(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key not in types_of_keys:
             raise UserError(_unknown(f"setting {section}", str(key), types_of_keys))
+        if isinstance(value, str) and "\0" in value:  # which ends a path for the operating system
+            raise UserError(f"{section}.{key}={shown(value)} must not hold a NUL character")
         try:
             typed[key] = _convert(value, types_of_keys[key])
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:
+            raise UserError(f"{section}.{key}={shown(value)} is too large: a whole number is below 2**63") from None
+        except (TypeError, ValueError):
             raise UserError(_wrong_type(f"{section}.{key}", value, types_of_keys[key])) from None
     return typed
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, where nothing is lost by it; else ValueError or TypeError.
+    """`value` as the type `hint`, where nothing is lost by it; else ValueError, TypeError or OverflowError.
 
     YAML 1.1 reads `3e-3` and `1e6` as text (it wants `3.0e-3`), so text that is a number counts as one.
     """
@@ -259,10 +300,11 @@ def _convert(value: Any, hint: Any) -> Any:
         number = float(value)
         if hint is float:
             return number
-        if isinstance(value, int):
-            return value
-        if number.is_integer():
-            return int(number)
+        if isinstance(value, int) or number.is_integer():
+            whole = value if isinstance(value, int) else int(number)
+            if not -(2**63) <= whole < 2**63:
+                raise OverflowError
+            return whole
     elif hint in (str, bool) and isinstance(value, hint):
         return value
     raise TypeError
@@ -276,7 +318,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _wrong_type(dotted: str, value: Any, hint: Any) -> str:
-    return f"{dotted}={value!r} must be {_describe(hint)}"
+    return f"{dotted}={shown(value)} must be {_describe(hint)}"
 
 
 def _describe(hint: Any) -> str:

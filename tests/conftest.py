@@ -12,6 +12,7 @@ from moxe.ops.cpu import build
 
 # Which examples run does not depend on the day, and a slow machine is not a failure.
 settings.register_profile("moxe", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("hunt", derandomize=False, deadline=None, max_examples=3000)  # --hypothesis-profile=hunt
 settings.load_profile("moxe")
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from transformers import PreTrainedConfig
+
+from moxe.errors import shown
 
 ExpertKind = Literal["xlstm", "mlstm", "slstm", "ffn"]
 ExpertMemory = Literal["sequence", "token"]
@@ -26,17 +28,22 @@ _CHOICES = {
     "group_loss_kind": get_args(GroupLossKind),
     "backend": get_args(BackendName),
 }
-_AT_LEAST_ONE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "conv_kernel_size",
-    "qkv_block_size",
-)
+# The largest size of each, far beyond any model, so that no product of them overflows where memory is asked for.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**10,
+    "num_heads": 2**17,
+    "num_experts": 2**14,
+    "num_experts_per_tok": 2**14,
+    "conv_kernel_size": 2**16,
+    "qkv_block_size": 2**23,
+    "mlstm_expansion": 64,
+    "slstm_ffn_expansion": 64,
+    "ffn_expansion": 64,
+}
 _POSITIVE = ("mlstm_expansion", "slstm_ffn_expansion", "ffn_expansion", "norm_eps")
+_SIZES = tuple(name for name in _LARGEST if name not in _POSITIVE)
 _NOT_NEGATIVE = (
     "gamma",
     "difficulty_threshold",
@@ -45,8 +52,10 @@ _NOT_NEGATIVE = (
     "router_z_loss_coef",
     "load_balancing_loss_coef",
 )
+_YES_OR_NO = ("router_bias", "tie_word_embeddings", "use_cache")
+_TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # What transformers itself passes to a configuration beside the declared fields.
-_PASSED_BY_TRANSFORMERS = {
+PASSED_BY_TRANSFORMERS = {
     "model_type",
     "name_or_path",
     "torch_dtype",
@@ -138,7 +147,7 @@ class MoxEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        unknown = [name for name in kwargs if name not in _PASSED_BY_TRANSFORMERS and not name.startswith("_")]
+        unknown = [name for name in kwargs if name not in PASSED_BY_TRANSFORMERS and not name.startswith("_")]
         if unknown:
             raise ValueError(unknown_name_message(unknown[0], "MoxEConfig"))
         super().__post_init__(**kwargs)
@@ -148,17 +157,28 @@ class MoxEConfig(PreTrainedConfig):
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of: {', '.join(choices)}")
-        for name in _AT_LEAST_ONE:
+                raise ValueError(f"{name}={shown(value)} is not one of: {', '.join(choices)}")
+        for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1")
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             value = getattr(self, name)
             lowest = "above 0" if name in _POSITIVE else "at least 0"
             in_range = isinstance(value, int | float) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))
             if not in_range or value == float("inf"):
-                raise ValueError(f"{name}={value!r} must be a finite number {lowest}")
+                raise ValueError(f"{name}={shown(value)} must be a finite number {lowest}")
+        for name, largest in _LARGEST.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be at most {largest}")
+        for name in _YES_OR_NO:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be true or false")
+        for name in _TOKEN_IDS:
+            value = getattr(self, name)
+            tokens = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if value is not None and not all(_is_whole(token) and abs(token) < 2**63 for token in tokens):
+                raise ValueError(f"{name}={shown(value)} must be the number of a token, or null")
         if self.num_experts % 2:
             raise ValueError(
                 f"num_experts={self.num_experts} is odd: half of the experts form group M and half group S, so it "
@@ -197,6 +217,10 @@ class MoxEConfig(PreTrainedConfig):
         """The names a recipe's `model` section may set: the fields this class declares itself."""
         inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
         return tuple(field.name for field in dataclasses.fields(cls) if field.name not in inherited)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def unknown_name_message(name: str, owner: str) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moxe.errors import UserError
+from moxe.errors import UserError, shown
 
 Schedule = Literal["cosine", "wsd"]
 OnNonfinite = Literal["stop", "skip"]
@@ -121,7 +121,7 @@ class TrainingConfig:
 
     def _require(self, key: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise UserError(f"training.{key}={getattr(self, key)!r} must be {expected}")
+            raise UserError(f"training.{key}={shown(getattr(self, key))} must be {expected}")
 
 
 def _is_folder_name(name: str) -> bool:

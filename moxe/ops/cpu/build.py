@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -75,12 +76,28 @@ def _load() -> None:
         library = cache_folder() / f"moxe-ops-{_fingerprint(compiler)}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
+            _require_private(library.parent)
             _compile_once(compiler, library)
+        for path in (library.parent, library):
+            _require_private(path)
         torch.ops.load_library(str(library))
     except CompilationError:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder, or no locks on this file system
         raise CompilationError(f"backend 'cpu': its library can not be written or loaded: {error}") from error
+
+
+def _require_private(path: Path) -> None:
+    """What is loaded runs: nobody but this user and root may be able to put something else in its place."""
+    if os.name != "posix":
+        return
+    about = path.stat()
+    if about.st_uid not in (os.geteuid(), 0):
+        raise CompilationError(f"backend 'cpu': {path} belongs to another user: name your own folder in MOXE_CACHE")
+    # A group of its own is what many systems give each user, with the right to write.
+    others = stat.S_IWOTH if about.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
+    if about.st_mode & others:
+        raise CompilationError(f"backend 'cpu': others may write {path}: take that right away, with chmod go-w")
 
 
 def _compile_once(compiler: str, library: Path) -> None:

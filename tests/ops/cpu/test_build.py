@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,48 @@ def test_a_library_that_is_there_needs_no_writable_cache(folder: Path, backend: 
 
     monkeypatch.setattr(build, "FileLock", refuse)
     assert build.why_unavailable() is None
+
+
+@pytest.fixture
+def library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library as compiling leaves it, which nothing can load."""
+    monkeypatch.setattr(build.torch.ops, "load_library", lambda path: None)
+    path = folder / "cache" / f"moxe-ops-{build._fingerprint('g++')}.so"
+    path.parent.mkdir(mode=0o755)
+    path.write_bytes(b"")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+def test_a_cache_that_others_can_write_is_refused(library: Path, backend: str, mode: int):
+    assert build.why_unavailable() is None
+    library.parent.chmod(mode)
+    assert f"others may write {library.parent}:" in build.why_unavailable()
+    library.unlink()
+    assert f"others may write {library.parent}:" in build.why_unavailable()
+    assert not list(library.parent.iterdir())  # nor is anything compiled there
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_a_library_that_others_can_write_is_refused(library: Path, backend: str, monkeypatch: pytest.MonkeyPatch):
+    library.chmod(0o757)
+    assert f"others may write {library}:" in build.why_unavailable()
+    library.chmod(0o775)
+    assert build.why_unavailable() is None  # the group is the user's own
+    another_group = os.getegid() + 1
+    monkeypatch.setattr(build.os, "getegid", lambda: another_group)
+    assert f"others may write {library}:" in build.why_unavailable()
+
+
+def test_a_file_of_another_user_is_refused_and_one_of_root_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    path = folder / "library.so"
+    path.write_bytes(b"")
+    of_another = os.stat_result((0o100644, 0, 0, 1, 12345, os.getegid(), 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "stat", lambda self: of_another)
+    with pytest.raises(build.CompilationError, match="belongs to another user"):
+        build._require_private(path)
+    monkeypatch.setattr(Path, "stat", lambda self: os.stat_result((0o100644, 0, 0, 1, 0, 0, 0, 0, 0, 0)))
+    monkeypatch.setattr(build.os, "geteuid", lambda: 12345)
+    build._require_private(path)

@@ -25,8 +25,6 @@ from moxe.data.config import DataConfig
 from moxe.errors import Stopped, UserError, shown
 
 if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
-
     from moxe.doctor import Diagnosis
 
 # How long a thread of torch's CPU pool spins for the next task before it sleeps. The library's own value is some 300
@@ -266,7 +264,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's own loses a help text that cannot be written and says nothing."""
         (file or sys.stderr).write(message)
 

@@ -95,7 +95,8 @@ class Recipe:
         """Write the resolved recipe as YAML, which `load_recipe` reads back to an equal one."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        content = yaml.dump(self.to_dict(), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
+        temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
 
 
@@ -210,6 +211,17 @@ class _StrictLoader(yaml.SafeLoader):
         except (ValueError, OverflowError, LookupError, AttributeError):  # a month 13, `!!int x`, 5,000 digits
             problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+class _ExactDumper(yaml.SafeDumper):
+    """PyYAML writes the line breaks of Unicode between single quotes, where they are read back as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(letter in data for letter in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_ExactDumper.add_representer(str, _ExactDumper.represent_str)
 
 
 def _checked_sections(content: Any, owner: str) -> Mapping[str, Mapping[str, Any]]:

@@ -140,6 +140,8 @@ def test_any_structure(path: Path, content: Any):
 
 @given(st.sampled_from(SETTINGS), values)
 @example(("training", "name"), "a\0b")
+@example(("data", "text_field"), "\x85")
+@example(("training", "sample_prompt"), "a \u2028b\u2029")
 @example(("training", "output_dir"), "~nobody-of-this-name/x")
 @example(("training", "max_steps"), 2**70)
 @example(("data", "max_tokens"), 2**63)

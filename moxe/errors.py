@@ -17,6 +17,10 @@ class UserError(ValueError):
         super().__init__(" ".join(sentence.split()))  # a path or a library's message may break the line
 
 
+class PassingError(UserError):
+    """Nothing is wrong with the input: a disk, a network or a process failed, and another try may go on from there."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run was asked to stop by a signal and has left everything in order; the exit code is 128 plus the signal.
 

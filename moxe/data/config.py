@@ -35,6 +35,8 @@ class DataConfig:
             folder that holds one, or the name of a tokenizer on the hub.
         vocab_size: size of a tokenizer that is trained here.
         sequence_length: tokens a row.
+        num_workers: processes that tokenise; 1: the one that trains, on threads of its own; none: as many as it has
+            cores. The tokens do not depend on it, and few documents are tokenised without starting any.
         cache_dir: folder that keeps tokenised data; the environment variable MOXE_CACHE overrides the default.
     """
 
@@ -51,6 +53,7 @@ class DataConfig:
     tokenizer: str = "train"
     vocab_size: int = 4096
     sequence_length: int = 256
+    num_workers: int | None = None
     cache_dir: str = field(default_factory=default_cache_dir)
 
     def __post_init__(self) -> None:
@@ -68,6 +71,8 @@ class DataConfig:
             raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
         if self.validation_documents is not None and self.validation_documents < 1:
             raise UserError(f"data.validation_documents is {self.validation_documents}; give 1 or more, or null.")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UserError(f"data.num_workers is {self.num_workers}; give 1 or more, or null for one a core.")
         if not self.text_field:
             raise UserError("data.text_field is empty; give the name of the field or column that holds the text.")
         if "\n" in self.document_separator:

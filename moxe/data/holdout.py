@@ -1,21 +1,13 @@
 """Which documents are held out for validation: decided by their content alone."""
 
-import hashlib
-import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from moxe.data.encoding import document_hash
 from moxe.errors import UserError
 
 HASHES = 2**64
-
-
-def document_hash(text: str) -> int:
-    """A number in [0, 2^64) from the letters of a text, so copies that differ in case, spacing, punctuation or numbers
-    have the same; a text without letters counts as it is."""
-    letters = re.sub(r"[\W\d_]+", "", text).casefold() or text
-    return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "big")
 
 
 def hold_out(open_documents: Callable[[], Iterable[str]], *, fraction: float, count: int | None) -> list[str]:

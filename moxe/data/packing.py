@@ -9,12 +9,20 @@ A document that does not fit goes on in the next row, where its state starts ane
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from moxe.data.tokens import TokenDocuments, Tokens
+from moxe.data.encoding import Tokens
+from moxe.data.tokens import TokenDocuments
+from moxe.errors import UserError
+
+# Rows whose places a stream remembers; whoever trains reads a few batches ahead of the step.
+RECENT_ROWS = 2**14
 
 Row = dict[str, torch.Tensor]
 
@@ -60,46 +68,132 @@ class PackedDataset(Dataset[Row]):
             place += 1
         return _row(pieces, self.sequence_length, self.pad_token_id)
 
+    def position(self, rows: int) -> dict[str, int]:
+        """Where row `rows` begins: the `document`, counted in the shuffled order, and the token `offset` in it.
+
+        Raises:
+            IndexError: if there are not so many rows.
+        """
+        if not 0 <= rows <= len(self):
+            raise IndexError(f"row {rows} of {len(self)}")
+        token = min(rows * self.sequence_length, self.documents.num_tokens)
+        document = int(np.searchsorted(self._ends, token, side="right"))
+        return {"document": document, "offset": token - (int(self._ends[document - 1]) if document else 0)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents of a stream that are shuffled together.
+
+    Args:
+        place: opens the stream at this block again; JSON can say it. None: the first block.
+        documents: as token ids, in the order of the stream.
+    """
+
+    place: dict[str, Any] | None
+    documents: Iterable[Tokens]
+
 
 class PackedStream(IterableDataset[Row]):
     """Rows of documents that are read as they are needed, such as a data set streamed from the hub.
 
-    Each worker process of a DataLoader takes its share of the documents, every n-th one.
+    A pass can be left after any row and gone on with in another process: `state_at` there, `resume` here.
 
     Args:
-        open_documents: gives the documents of a pass over the data, from the number of the pass, as token ids.
+        open_blocks: gives the blocks of a pass over the data, from the number of the pass and the place of the block
+            to begin with (None: the first).
         sequence_length, pad_token_id: as in PackedDataset.
     """
 
     def __init__(
-        self, open_documents: Callable[[int], Iterable[Tokens]], *, sequence_length: int, pad_token_id: int
+        self,
+        open_blocks: Callable[[int, dict[str, Any] | None], Iterable[Block]],
+        *,
+        sequence_length: int,
+        pad_token_id: int,
     ) -> None:
-        self.open_documents = open_documents
+        self.open_blocks = open_blocks
         self.sequence_length = sequence_length
         self.pad_token_id = pad_token_id
         self.epoch = 0
+        self._resumed: dict[str, Any] | None = None
+        # Of the pass under way: number of rows -> block's place, document in the block, token in the document.
+        self._marks: dict[int, tuple[dict[str, Any] | None, int, int]] = {}
+        self._marked_epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Which pass over the data the next iteration is; the Trainer calls it."""
         self.epoch = epoch
 
+    def state_at(self, rows: int) -> dict[str, Any]:
+        """Where the pass under way stands after its first `rows` rows; JSON can say it.
+
+        Rows may have been read ahead of the one that is asked about, RECENT_ROWS at most.
+
+        Raises:
+            ValueError: if so many rows were not read yet, or more than RECENT_ROWS were read since.
+        """
+        if rows not in self._marks:
+            known = f"{min(self._marks)} to {max(self._marks)}" if self._marks else "none"
+            raise ValueError(f"the place after row {rows} is not known; those known: {known}")
+        place, document, offset = self._marks[rows]
+        return {"epoch": self._marked_epoch, "rows": rows, "block": place, "document": document, "offset": offset}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """The next iteration that is pass `state["epoch"]` goes on from there.
+
+        Its first `state["rows"]` rows are one row over and over, without any text, for the Trainer to skip.
+
+        Args:
+            state: from `state_at`, of a stream of the same documents, sequence length and seed.
+        """
+        self._resumed = state
+        self._begin(state)
+
     def __iter__(self) -> Iterator[Row]:
-        worker = get_worker_info()
-        share = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        if get_worker_info() is not None:
+            raise UserError("A stream is read in the process that trains: its DataLoader takes no workers.")
+        epoch = self.epoch
+        state = {"epoch": epoch, "rows": 0, "block": None, "document": 0, "offset": 0}
+        if self._resumed is not None and self._resumed["epoch"] == epoch:
+            state, self._resumed = self._resumed, None
+        self._begin(state)
+        rows, first_document, first_offset = state["rows"], state["document"], state["offset"]
+        if rows:
+            skipped = _row([np.full(self.sequence_length, self.pad_token_id)], self.sequence_length, self.pad_token_id)
+            yield from repeat(skipped, rows)
+
         pieces: list[Tokens] = []
         room = self.sequence_length
-        for number, document in enumerate(self.open_documents(self.epoch)):
-            if number % share[1] != share[0]:
-                continue
-            while len(document) > 0:
-                pieces.append(document[:room])
-                document = document[room:]
-                room -= len(pieces[-1])
-                if room == 0:
-                    yield _row(pieces, self.sequence_length, self.pad_token_id)
-                    pieces, room = [], self.sequence_length
+        place, number, offset = state["block"], first_document, first_offset
+        for block in self.open_blocks(epoch, state["block"]):
+            place = block.place
+            for number, document in islice(enumerate(block.documents), first_document, None):
+                offset, first_offset = first_offset, 0
+                while offset < len(document):
+                    pieces.append(document[offset : offset + room])
+                    offset += len(pieces[-1])
+                    room -= len(pieces[-1])
+                    if room == 0:
+                        row = _row(pieces, self.sequence_length, self.pad_token_id)
+                        pieces, room = [], self.sequence_length
+                        rows += 1
+                        self._mark(rows, place, number, offset)
+                        yield row
+            first_document = first_offset = 0
         if pieces:
+            self._mark(rows + 1, place, number, offset)
             yield _row(pieces, self.sequence_length, self.pad_token_id)
+
+    def _begin(self, state: dict[str, Any]) -> None:
+        self._marks.clear()
+        self._marked_epoch = state["epoch"]
+        self._mark(state["rows"], state["block"], state["document"], state["offset"])
+
+    def _mark(self, rows: int, place: dict[str, Any] | None, document: int, offset: int) -> None:
+        self._marks[rows] = (place, document, offset)
+        if len(self._marks) > RECENT_ROWS:
+            del self._marks[next(iter(self._marks))]
 
 
 def _row(pieces: Sequence[Tokens], sequence_length: int, pad_token_id: int) -> Row:

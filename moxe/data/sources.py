@@ -2,17 +2,16 @@
 
 import glob
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from moxe.data.builtin import builtin_documents, builtin_files
-from moxe.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import DatasetBuilder, IterableDataset
+from moxe.data.hub import checked_text, hub_documents
+from moxe.errors import PassingError, UserError
 
 BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -49,12 +48,42 @@ def read_documents(
         UserError: for a source that does not exist or holds no text, at once; for one that cannot be read as text,
             when reading comes to it, with the file and the byte, line or row.
     """
-    if source == BUILTIN:
-        return iter(builtin_documents())
-    files = find_files(source)
+    places = read_places(
+        source,
+        text_field=text_field,
+        document_separator=document_separator,
+        subset=subset,
+        split=split,
+        advance=advance,
+    )
+    return (text for text, _ in places)
+
+
+def read_places(
+    source: str,
+    *,
+    text_field: str,
+    document_separator: str,
+    subset: str | None = None,
+    split: str = "train",
+    advance: Advance | None = None,
+    place: Any = None,
+) -> Iterator[tuple[str, Any]]:
+    """As `read_documents`, each document with the place in the source after it, from which reading can go on.
+
+    Args:
+        place: where to go on, as it came with a document of the same source; JSON can say it. None: the beginning.
+            Local files are read again up to there.
+    """
+    files = None
+    if source != BUILTIN and (files := find_files(source)) is None:
+        return hub_documents(source, subset, split, text_field, place=place)
     if files is None:
-        return hub_documents(open_hub_stream(source, subset, split), source, text_field)
-    return chain.from_iterable(_read_file(file, text_field, document_separator, advance) for file in files)
+        documents: Iterable[str] = builtin_documents()
+    else:
+        documents = chain.from_iterable(_read_file(file, text_field, document_separator, advance) for file in files)
+    numbered = ((text, number) for number, text in enumerate(documents, start=1))
+    return islice(numbered, place or 0, None)
 
 
 def is_hub(source: str) -> bool:
@@ -87,8 +116,29 @@ def find_files(source: str) -> list[Path] | None:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The files of a folder and its sub-folders, hidden ones aside.
+
+    A symbolic link out of the folder is refused: whoever filled the folder may not be who reads it, and could make any
+    file of the reader's part of the training data.
+    """
+    found = []
+    root = os.path.realpath(folder)
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        is_read = path.suffix in SUFFIXES or path.is_dir()
+        if is_read and path.is_symlink() and not _lies_in(target := os.path.realpath(path), root):
+            raise UserError(
+                f"The symbolic link {str(path)!r} leads out of the data folder {str(folder)!r}, to {target!r}; give "
+                "that file or folder, or a glob, as the source instead."
+            )
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _readable(files: list[Path], what: str) -> list[Path]:
@@ -115,7 +165,7 @@ def _read_file(path: Path, text_field: str, document_separator: str, advance: Ad
             if advance is not None:
                 advance(size)
     except OSError as error:
-        raise UserError(f"The data file {str(path)!r} cannot be read: {error.strerror or error}.") from error
+        raise PassingError(f"The data file {str(path)!r} cannot be read: {error.strerror or error}.") from error
     if not any_text:
         raise UserError(f"The data file {str(path)!r} is empty: it holds no text.")
 
@@ -168,7 +218,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         if text_field not in row:
             fields = ", ".join(map(repr, row)) or "none"
             raise UserError(f"{where} has no field {text_field!r}; its fields: {fields}.")
-        yield _checked_text(row[text_field], f"{where} has in field {text_field!r}"), size
+        yield checked_text(row[text_field], f"{where} has in field {text_field!r}"), size
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, int]]:
@@ -187,88 +237,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, int]]:
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    text = _checked_text(value, f"Row {number} of {str(path)!r} has in column {column!r}")
+                    text = checked_text(value, f"Row {number} of {str(path)!r} has in column {column!r}")
                     yield text, size * number // rows - size * (number - 1) // rows
     except pa.ArrowException as error:
         raise UserError(f"The data file {str(path)!r} is no parquet file that can be read: {error}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"The column {column!r} of {str(path)!r} is no valid UTF-8: {error}.") from error
-
-
-def _checked_text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where} {'null' if value is None else f'a {type(value).__name__}'}, where text is expected.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may escape half a surrogate pair
-        raise UserError(f"{where} an unpaired surrogate at character {error.start}, which is no text.") from error
-    return value
-
-
-def open_hub_dataset(name: str, subset: str | None) -> "DatasetBuilder":
-    """A data set on the Hugging Face hub, nothing of its data loaded yet; its `hash` is the hub's revision.
-
-    Raises:
-        UserError: if the hub has no such data set or subset, or cannot be reached.
-    """
-    from datasets import load_dataset_builder
-
-    try:
-        return load_dataset_builder(name, subset)
-    except Exception as error:
-        raise _hub_error(name, error) from error
-
-
-def open_hub_stream(name: str, subset: str | None, split: str) -> "IterableDataset":
-    """A split of a data set on the hub, to be streamed.
-
-    Raises:
-        UserError: as `open_hub_dataset`, or if there is no such split.
-    """
-    from datasets import IterableDataset
-
-    builder = open_hub_dataset(name, subset)
-    try:
-        stream = builder.as_streaming_dataset(split=split)
-    except Exception as error:
-        raise _hub_error(name, error) from error
-    assert isinstance(stream, IterableDataset)  # a dictionary of them comes only without a split
-    return stream
-
-
-def hub_documents(stream: "IterableDataset", name: str, text_field: str) -> Iterator[str]:
-    """The texts of a streamed data set; white space alone is left out.
-
-    Raises:
-        UserError: if a row has no text in `text_field`, the hub stops answering, or there is no text at all.
-    """
-    rows = iter(stream)
-    number = 0
-    any_text = False
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            break
-        except Exception as error:
-            raise _hub_error(name, error) from error
-        number += 1
-        if text_field not in row:
-            columns = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"The data set {name!r} has no column {text_field!r}; its columns: {columns}.")
-        text = _checked_text(row[text_field], f"Row {number} of the data set {name!r} has in column {text_field!r}")
-        if text.strip():
-            any_text = True
-            yield text
-    if not any_text:
-        raise UserError(f"The data set {name!r} holds no text.")
-
-
-def _hub_error(name: str, error: Exception) -> UserError:
-    # `datasets` raises its own, huggingface_hub's, httpx's, fsspec's and plain errors for what is one thing to a user:
-    # this name, subset or split cannot be had; what the library says is the best there is to say why.
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return UserError(
-        f"There is no file or folder {name!r} here, and it cannot be read as a data set of the Hugging Face hub: "
-        f"{reason.rstrip('.')}."
-    )

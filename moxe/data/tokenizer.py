@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,6 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from moxe.data.config import SMALLEST_VOCABULARY
 from moxe.errors import UserError
+from moxe.manifest import verify_manifest
+
+# What a folder keeps of a tokenizer.
+FILES = ("tokenizer*", "special_tokens*")
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -46,22 +51,31 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     The tokenizer always has an end-of-document token, which is also the beginning of a document and the padding where
     it names no others. A tokenizer.json that has none of the usual ones gets `<|endoftext|>` as a further token.
 
+    In a folder with a manifest, every file of the tokenizer must be as it was written. No code that comes with a
+    tokenizer is ever run.
+
     Raises:
         UserError: if the file or folder holds no tokenizer, there is no such path and the hub does not give one of this
             name, or what it gives is not a fast one.
+        DamagedError: if a file of the tokenizer is not what the folder's manifest says.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
         try:
             return _wrap(Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with a file
-            raise UserError(f"The file {str(path)!r} is no tokenizer.json: {error}.") from error
+        except BaseException as error:
+            if not _is_of_the_file(error):
+                raise
+            raise UserError(f"The file {str(path)!r} is no tokenizer.json: {_first_line(error)}.") from error
     if path.is_dir() or path.suffix == ".json" or str(name_or_path).startswith((".", "/", "~")):
         if not (path / "tokenizer.json").is_file():
             raise UserError(
                 f"There is no tokenizer at {str(name_or_path)!r}; give a tokenizer.json, a folder that holds one, the "
                 'name of a tokenizer on the Hugging Face hub, or "train".'
             )
+        files = (entry.name for entry in path.iterdir() if entry.is_file())
+        present = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in FILES))
+        verify_manifest(path, FILES, required=present)  # one that is not listed was put there later
         if not (path / "tokenizer_config.json").is_file():
             return load_tokenizer(path / "tokenizer.json")
     return _from_pretrained(str(path if path.is_dir() else name_or_path))
@@ -71,16 +85,27 @@ def _from_pretrained(name_or_path: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except Exception as error:  # missing name, gated, no network, not a tokenizer: each library below has its own
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            return _with_special_tokens(tokenizer)
+    except BaseException as error:  # missing name, gated, no network, not a tokenizer: each library has its own
+        if not _is_of_the_file(error):
+            raise
         raise UserError(
             f"The tokenizer {name_or_path!r} cannot be loaded, neither from a path nor from the Hugging Face hub: "
-            f"{reason.rstrip('.')}."
+            f"{_first_line(error)}."
         ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"The tokenizer {name_or_path!r} has no fast version (tokenizer.json), which is needed here.")
-    return _with_special_tokens(tokenizer)
+    raise UserError(f"The tokenizer {name_or_path!r} has no fast version (tokenizer.json), which is needed here.")
+
+
+def _is_of_the_file(error: BaseException) -> bool:
+    """Whether a library failed at what it read. A Rust library that panics raises no Exception, and its class has no
+    public name."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _first_line(error: BaseException) -> str:
+    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

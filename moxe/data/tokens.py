@@ -2,70 +2,82 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from moxe.data.encoding import Encoded, Encoder, Encoding, Tokens, token_dtype
+from moxe.errors import UserError
+
 # Characters that are encoded together: enough work for every core, little memory.
 BATCH_CHARACTERS = 2**20
 
-Tokens = npt.NDArray[np.unsignedinteger]
+Place = TypeVar("Place")
 
 
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The smallest type that holds every id of the vocabulary."""
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
+@dataclass(frozen=True)
+class TextBatch(Generic[Place]):
+    """Documents that are encoded together, and the place in their source after the last of them."""
+
+    texts: list[str]
+    end: Place
 
 
-def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
-    """The token ids of each document: the tokenizer's bos token, the text, its eos token.
+def text_batches(documents: Iterable[tuple[str, Place]]) -> Iterator[TextBatch[Place]]:
+    """Documents, each with the place in their source after it, in batches of BATCH_CHARACTERS."""
+    texts: list[str] = []
+    characters = 0
+    end = None
+    for text, end in documents:
+        texts.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield TextBatch(texts, end)
+            texts, characters = [], 0
+    if texts:
+        assert end is not None
+        yield TextBatch(texts, end)
+
+
+def encoding_of(tokenizer: PreTrainedTokenizerFast, left_out: Iterable[int] = ()) -> Encoding:
+    """The tokenizer's bos token, the text, its eos token, for all documents but those of the hashes in `left_out`.
 
     Targets never cross documents, so without a token in front the first token of a text would never be learned, nor
     how to begin one. What looks like a special token inside a text is text.
+    """
+    # A copy, since a published tokenizer may cut, pad or add tokens of its own, and others rely on those settings.
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.no_truncation()
+    inner.no_padding()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert isinstance(begin, int)  # load_tokenizer sees to it
+    assert isinstance(end, int)
+    return Encoding(inner.to_str(), begin, end, len(tokenizer), frozenset(left_out))
+
+
+def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+    """The token ids of each document, as `encoding_of` says, in this process.
 
     Yields:
         One array [tokens + 2] a document, in the order of the documents.
     """
-    dtype = token_dtype(len(tokenizer))
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # A copy, since a published tokenizer may cut, pad or add tokens of its own, and others rely on those settings.
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    for batch in _batches(documents):
-        for encoding in encoder.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([begin, *encoding.ids, end], dtype=dtype)
+    encoder = Encoder(encoding_of(tokenizer))
+    for batch in text_batches((text, 0) for text in documents):
+        tokens, lengths = encoder(batch.texts)
+        yield from np.split(tokens, np.cumsum(lengths)[:-1])
 
 
-def cut_at(documents: Iterable[Tokens], max_tokens: int | None) -> Iterator[Tokens]:
-    """The documents up to `max_tokens` tokens in all; the last one is cut there. None: all of them."""
-    left = max_tokens
-    for document in documents:
-        if left is None:
-            yield document
-            continue
-        yield document[:left]
-        left -= len(document)
-        if left <= 0:
-            return
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def cut(encoded: Encoded, max_tokens: int) -> Encoded:
+    """The documents up to `max_tokens` tokens in all; the last one is cut there."""
+    tokens, lengths = encoded
+    before = np.cumsum(lengths) - lengths
+    kept = before < max_tokens
+    return tokens[:max_tokens], np.minimum(lengths, max_tokens - before)[kept]
 
 
 class TokenDocuments(Sequence[Tokens]):
@@ -108,13 +120,24 @@ class TokenDocuments(Sequence[Tokens]):
 
 
 def write_token_documents(documents: Iterable[Tokens], folder: Path, vocab_size: int) -> TokenDocuments:
-    """Writes documents to a new folder as they come, and maps them."""
+    """Writes documents to a new folder as they come, and maps them.
+
+    Raises:
+        UserError: if an id is not below `vocab_size`.
+    """
     folder.mkdir(parents=True)
-    offsets = [0]
+    lengths = []
     with (folder / "tokens.bin").open("wb") as file:
         for document in documents:
+            if len(document) and (largest := int(document.max())) >= vocab_size:
+                raise UserError(f"A document holds the token id {largest}, but the vocabulary has {vocab_size}.")
             file.write(np.ascontiguousarray(document, dtype=token_dtype(vocab_size)).data)
-            offsets.append(offsets[-1] + len(document))
-    np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
-    (folder / "documents.json").write_text(json.dumps({"vocab_size": vocab_size}))
+            lengths.append(len(document))
+    write_index(folder, np.array(lengths, dtype=np.int64), vocab_size)
     return TokenDocuments(folder)
+
+
+def write_index(folder: Path, lengths: npt.NDArray[np.int64], vocab_size: int) -> None:
+    """Writes what makes a folder with tokens.bin one of documents, from the tokens of each document."""
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    (folder / "documents.json").write_text(json.dumps({"vocab_size": vocab_size}))

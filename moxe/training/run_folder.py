@@ -31,7 +31,7 @@ from moxe.training.checkpoint import RECIPE, Checkpoint, Checkpoints
 # Settings that a run may go on with although it was started with others: they decide what is kept, shown and how fast
 # it goes. The last two round differently; all others leave the weights as they would have been.
 _MAY_CHANGE = {
-    "data": {"cache_dir"},
+    "data": {"cache_dir", "num_workers"},
     "training": {
         "output_dir",
         "name",

@@ -1,14 +1,18 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moxe.data.config import DataConfig
 from moxe.data.tokens import TokenDocuments, write_token_documents
 
 HUB_TEXTS = [f"training text number {i}, {letter}" for i, letter in enumerate("abcdefgh")]
+
+DOCUMENTS = [f"{a}{a} said to {b}{b} that {a} was first" for a in "abcdefghijklmnopqrst" for b in "abcde"]
 
 WriteDocuments = Callable[..., TokenDocuments]
 
@@ -25,6 +29,39 @@ def write_documents(tmp_path: Path) -> WriteDocuments:
         return write_token_documents(arrays, tmp_path / f"documents-{count}", vocab_size)
 
     return write
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file of DOCUMENTS."""
+    path = tmp_path / "data" / "corpus.txt"
+    path.parent.mkdir()
+    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS))
+    return path
+
+
+@pytest.fixture
+def config(source: Path, tmp_path: Path) -> Callable[..., DataConfig]:
+    """A configuration of the small source; keywords change it."""
+
+    def make(**changes: Any) -> DataConfig:
+        settings = {
+            "source": str(source),
+            "vocab_size": 300,
+            "sequence_length": 16,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return DataConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seconds that were to be waited for the hub; nothing really waits."""
+    seconds: list[int] = []
+    monkeypatch.setattr("moxe.data.hub.sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture

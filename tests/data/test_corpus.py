@@ -1,7 +1,5 @@
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,33 +9,7 @@ from moxe.data.corpus import prepare
 from moxe.data.packing import PackedDataset, PackedStream
 from moxe.data.tokenizer import train_tokenizer
 from moxe.errors import UserError
-from tests.data.conftest import HUB_TEXTS
-
-DOCUMENTS = [f"{a}{a} said to {b}{b} that {a} was first" for a in "abcdefghijklmnopqrst" for b in "abcde"]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "data" / "corpus.txt"
-    path.parent.mkdir()
-    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS))
-    return path
-
-
-@pytest.fixture
-def config(source: Path, tmp_path: Path):
-    """A configuration of the small source; keywords change it."""
-
-    def make(**changes) -> DataConfig:
-        settings = {
-            "source": str(source),
-            "vocab_size": 300,
-            "sequence_length": 16,
-            "cache_dir": str(tmp_path / "cache"),
-        }
-        return DataConfig(**{**settings, **changes})
-
-    return make
+from tests.data.conftest import DOCUMENTS, HUB_TEXTS, write_parquet
 
 
 def texts_of(dataset: PackedDataset, tokenizer) -> list[str]:
@@ -86,7 +58,7 @@ def test_the_seed_shuffles_training_documents_alone(config):
 
 def test_a_second_run_takes_its_tokens_from_the_cache(config, monkeypatch):
     first = prepare(config(), seed=0)
-    monkeypatch.setattr(corpus_module, "read_documents", None)
+    monkeypatch.setattr("moxe.data.build.read_places", None)
     second = prepare(config(sequence_length=8), seed=3)
     assert second.statistics.cached
     assert second.statistics.train_tokens == first.statistics.train_tokens
@@ -157,37 +129,6 @@ def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
     assert set(texts_of(corpus.train, corpus.tokenizer)) < set(DOCUMENTS)
 
 
-@pytest.mark.parametrize("broken", ["source", "tokenizer", "later"])
-def test_a_failure_leaves_nothing_behind(config, source, tmp_path, broken, monkeypatch):
-    settings = config()
-    if broken == "source":
-        source.write_bytes(source.read_bytes() + b"\xff")
-    elif broken == "tokenizer":
-        (tmp_path / "tokenizer.json").write_text("{}")
-        settings = config(tokenizer=str(tmp_path / "tokenizer.json"))
-    else:
-        monkeypatch.setattr(corpus_module, "cut_at", lambda *_: (_ for _ in ()).throw(UserError("broken")))
-    with pytest.raises(UserError):
-        prepare(settings, seed=0)
-    cache = tmp_path / "cache"
-    assert not cache.exists() or not list(cache.iterdir())
-
-
-def test_two_processes_at_once_end_with_one_whole_cache(config, tmp_path, monkeypatch):
-    expected = prepare(config(cache_dir=str(tmp_path / "other")), seed=0)
-    write = corpus_module._write
-
-    def write_after_the_other(settings, *arguments):
-        monkeypatch.setattr(corpus_module, "_write", write)
-        prepare(settings, seed=0)
-        write(settings, *arguments)
-
-    monkeypatch.setattr(corpus_module, "_write", write_after_the_other)
-    corpus = prepare(config(), seed=0)
-    assert np.array_equal(corpus.train.documents.tokens, expected.train.documents.tokens)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
 def test_a_cache_folder_that_cannot_be_written_is_a_user_error(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"data\.cache_dir .* cannot be written"):
@@ -255,3 +196,67 @@ def test_another_source_can_be_the_validation_data_of_a_hub_data_set(hub, config
 def test_a_hub_data_set_too_small_for_its_held_out_part_is_refused(hub, config):
     with pytest.raises(UserError, match="all are in the validation data"):
         prepare(config(source="owner/name", max_tokens=10_000), seed=0)
+
+
+def test_the_fingerprint_is_that_of_the_tokens_and_the_tokenizer(config, source, tmp_path):
+    fingerprint = prepare(config(), seed=0).fingerprint
+    assert len(bytes.fromhex(fingerprint)) == 32
+    assert prepare(config(sequence_length=8, num_workers=1), seed=1).fingerprint == fingerprint
+    assert prepare(config(cache_dir=str(tmp_path / "other")), seed=0).fingerprint == fingerprint
+    changes = [{"max_tokens": 1000}, {"validation_documents": 2}, {"vocab_size": 290}]
+    others = [prepare(config(**change), seed=0).fingerprint for change in changes]
+    source.write_text(source.read_text() + "!")
+    others.append(prepare(config(), seed=0).fingerprint)
+    assert len({fingerprint, *others}) == 5
+
+
+def test_the_fingerprint_of_a_stream_is_that_of_its_revision_and_how_it_is_read(hub, config):
+    fingerprint = prepare(config(source="owner/name", validation_documents=3), seed=0).fingerprint
+    assert prepare(config(source="owner/name", validation_documents=3), seed=1).fingerprint == fingerprint
+    assert prepare(config(source="owner/name", validation_documents=2), seed=0).fingerprint != fingerprint
+    write_parquet(hub / "train-00001-of-00002.parquet", ["other", "texts"])
+    assert prepare(config(source="owner/name", validation_documents=3), seed=0).fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("documents_a_block", [1, 2, 3, 100])
+def test_a_stream_of_the_hub_goes_on_after_any_row(hub, config, monkeypatch, documents_a_block):
+    monkeypatch.setattr("moxe.data.corpus.SHUFFLE_BUFFER_DOCUMENTS", documents_a_block)
+
+    def stream():
+        corpus = prepare(config(source="owner/name", validation_documents=2, sequence_length=3), seed=3)
+        assert isinstance(corpus.train, PackedStream)
+        return corpus.train
+
+    def ids_of(rows):
+        return [row["input_ids"].tolist() for row in rows]
+
+    whole = stream()
+    for epoch in (0, 1):
+        whole.set_epoch(epoch)
+        expected = ids_of(whole)
+        assert len(expected) > 5
+        for rows in range(len(expected) + 1):
+            again = stream()
+            again.resume(json.loads(json.dumps(whole.state_at(rows))))
+            again.set_epoch(epoch)
+            assert ids_of(again)[rows:] == expected[rows:]
+
+
+def test_documents_before_the_block_are_not_given_again(hub, config, monkeypatch):
+    monkeypatch.setattr("moxe.data.corpus.SHUFFLE_BUFFER_DOCUMENTS", 2)
+    read = []
+    tokenize = corpus_module.tokenize_documents
+    monkeypatch.setattr(
+        corpus_module,
+        "tokenize_documents",
+        lambda texts, tokenizer: tokenize((read.append(t) or t for t in texts), tokenizer),
+    )
+    stream = prepare(config(source="owner/name", validation_documents=2), seed=3).train
+    assert isinstance(stream, PackedStream)
+    rows = len(list(stream))
+    assert sorted(read) == HUB_TEXTS[2:]
+    state = stream.state_at(rows - 1)
+    read.clear()
+    stream.resume(state)
+    list(stream)
+    assert 0 < len(read) <= 4

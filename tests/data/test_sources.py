@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moxe.data.sources import find_files, is_hub, read_documents
+from moxe.data.sources import find_files, is_hub, read_documents, read_places
 from moxe.errors import UserError
 from tests.data.conftest import HUB_TEXTS, write_parquet
 
@@ -237,31 +237,55 @@ def test_a_split_or_subset_that_does_not_exist_is_refused_with_the_choices(hub):
         read("owner/name", subset="other")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no network"), TimeoutError("the read operation timed out")])
-def test_a_hub_that_does_not_answer_is_a_user_error(monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr("datasets.load_dataset_builder", fail)
-    with pytest.raises(UserError, match=f"owner/name.*{error}"):
-        read("owner/name")
-
-
-def test_a_hub_that_stops_answering_is_a_user_error(hub, monkeypatch):
-    def stop(self):
-        yield {"text": "the first"}
-        raise TimeoutError("the read operation timed out")
-
-    monkeypatch.setattr("datasets.IterableDataset.__iter__", stop)
-    documents = read_documents("owner/name", text_field="text", document_separator="")
-    assert next(documents) == "the first"
-    with pytest.raises(UserError, match=r"owner/name.*timed out"):
-        next(documents)
-
-
 def test_a_hub_row_without_text_is_refused(hub):
     with pytest.raises(UserError, match="'owner/name' has no column 'content'; its columns: 'id', 'text'"):
         read("owner/name", text_field="content")
     write_parquet(hub / "validation-00000-of-00001.parquet", ["one", None])
     with pytest.raises(UserError, match="Row 2 of the data set 'owner/name' has in column 'text' null"):
         read("owner/name", split="validation")
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "missing"])
+def test_a_link_out_of_a_folder_is_refused(tmp_path, target):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    outside = tmp_path / "outside"
+    if target == "file":
+        outside.write_text("secret")
+    elif target == "folder":
+        outside.mkdir()
+    (folder / "b.txt").symlink_to(outside)
+    with pytest.raises(UserError, match=r"link '.*data/b\.txt' leads out of the data folder '.*data', to '.*outside'"):
+        read(folder)
+
+
+def test_links_are_followed_where_no_file_of_another_folder_is_read(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.txt").write_text("one")
+    (folder / "b.txt").symlink_to("sub/a.txt")
+    (folder / "README").symlink_to(tmp_path / "elsewhere")
+    (folder / ".hidden.txt").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(folder)
+    assert read(tmp_path / "link") == ["one", "one"]
+
+
+def test_a_link_given_by_name_or_glob_is_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "a.txt")
+    assert read(tmp_path / "data" / "b.txt") == ["one"]
+    assert read(tmp_path / "data" / "*.txt") == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
+def test_reading_goes_on_from_any_place(tmp_path, name):
+    if name == "a.txt":
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(f"text {i}" for i in range(9)))
+    else:
+        write_parquet(tmp_path / name, [f"text {i}" for i in range(9)])
+    places = list(read_places(str(tmp_path), text_field="text", document_separator="<|endoftext|>"))
+    for number, (_, place) in enumerate(places, start=1):
+        rest = read_places(str(tmp_path), text_field="text", document_separator="<|endoftext|>", place=place)
+        assert list(rest) == places[number:]

@@ -107,7 +107,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("We couldn't connect to the hub\nand more lines")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
@@ -116,6 +116,6 @@ def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch):
 
 
 def test_a_slow_tokenizer_is_refused(monkeypatch):
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: object())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
     with pytest.raises(UserError, match="has no fast version"):
         load_tokenizer("owner/name")

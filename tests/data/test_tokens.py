@@ -6,8 +6,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moxe.data import tokens
+from moxe.data.encoding import token_dtype
 from moxe.data.tokenizer import train_tokenizer
-from moxe.data.tokens import TokenDocuments, cut_at, token_dtype, tokenize_documents
+from moxe.data.tokens import TokenDocuments, cut, tokenize_documents
+from moxe.errors import UserError
 
 TRAINED = train_tokenizer([f"The cat number {i} sat on the mat." for i in range(50)], 300)
 
@@ -80,17 +82,15 @@ def test_a_copy_for_a_worker_maps_the_same_file(write_documents):
     assert copy[0].tolist() == documents[0].tolist()
 
 
-def test_reading_stops_at_max_tokens_in_the_middle_of_a_document():
-    documents = [np.arange(4), np.arange(5), np.arange(6)]
-    assert [len(ids) for ids in cut_at(documents, 7)] == [4, 3]
-    assert [len(ids) for ids in cut_at(documents, 9)] == [4, 5]
-    assert [len(ids) for ids in cut_at(documents, 100)] == [4, 5, 6]
-    assert [len(ids) for ids in cut_at(documents, None)] == [4, 5, 6]
+@pytest.mark.parametrize(
+    ("max_tokens", "lengths"), [(1, [1]), (4, [4]), (7, [4, 3]), (9, [4, 5]), (15, [4, 5, 6]), (100, [4, 5, 6])]
+)
+def test_documents_are_cut_after_so_many_tokens(max_tokens, lengths):
+    tokens, kept = cut((np.arange(15), np.array([4, 5, 6])), max_tokens)
+    assert kept.tolist() == lengths
+    assert tokens.tolist() == list(range(sum(lengths)))
 
 
-def test_nothing_is_read_beyond_max_tokens():
-    def documents():
-        yield np.arange(4)
-        raise AssertionError("read too far")
-
-    assert [len(ids) for ids in cut_at(documents(), 4)] == [4]
+def test_an_id_outside_the_vocabulary_is_refused(write_documents):
+    with pytest.raises(UserError, match="token id 100, but the vocabulary has 100"):
+        write_documents([1, 2], [99, 100], vocab_size=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import moxe.training.run as run_module
 from moxe.data.corpus import Corpus, prepare
-from moxe.data.packing import PackedStream
+from moxe.data.packing import Block, PackedStream
 from moxe.errors import UserError
 from moxe.ops.cpu import build
 from moxe.recipe import load_recipe
@@ -145,8 +146,9 @@ def test_an_endless_stream_needs_a_number_of_steps(make_recipe, monkeypatch: pyt
     def prepare_stream(config: Any, *, seed: int, progress: bool = True) -> Corpus:
         corpus = prepare(config, seed=seed, progress=False)
         documents = list(corpus.train.documents)  # type: ignore[union-attr]
-        stream = PackedStream(lambda epoch: documents, sequence_length=config.sequence_length, pad_token_id=1)
-        return Corpus(stream, corpus.validation, corpus.tokenizer, corpus.validation_texts, corpus.statistics)
+        blocks = [Block(None, documents)]
+        stream = PackedStream(lambda *_: blocks, sequence_length=config.sequence_length, pad_token_id=1)
+        return replace(corpus, train=stream)
 
     monkeypatch.setattr(run_module, "prepare", prepare_stream)
     with pytest.raises(UserError, match=r"set training\.max_steps or data\.max_tokens"):

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from moxe.data.encoding import Encoded, Encoder, Encoding, Tokens, token_dtype
+from moxe.data.encoding import Encoded, Encoding, Tokens, token_dtype
+from moxe.data.workers import encode_batches
 from moxe.errors import UserError
 
 # Characters that are encoded together: enough work for every core, little memory.
@@ -66,9 +67,8 @@ def tokenize_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerF
     Yields:
         One array [tokens + 2] a document, in the order of the documents.
     """
-    encoder = Encoder(encoding_of(tokenizer))
-    for batch in text_batches((text, 0) for text in documents):
-        tokens, lengths = encoder(batch.texts)
+    batches = text_batches((text, 0) for text in documents)
+    for _, (tokens, lengths) in encode_batches(batches, encoding_of(tokenizer), num_workers=1):
         yield from np.split(tokens, np.cumsum(lengths)[:-1])
 
 

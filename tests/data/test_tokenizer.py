@@ -1,13 +1,14 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from moxe.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from moxe.errors import UserError
+from moxe.manifest import MANIFEST, write_manifest
 
 DOCUMENTS = [f"The cat number {i} sat on the mat, and the dog too." for i in range(50)]
 TRAINED = train_tokenizer(DOCUMENTS, 300)
@@ -119,3 +120,84 @@ def test_a_slow_tokenizer_is_refused(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
     with pytest.raises(UserError, match="has no fast version"):
         load_tokenizer("owner/name")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The files of a saved tokenizer, by name, and those of its folder with a manifest."""
+    folder = tmp_path_factory.mktemp("saved")
+    TRAINED.save_pretrained(folder)
+    write_manifest(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files.keys() >= {"tokenizer.json", "tokenizer_config.json", MANIFEST}
+    return files
+
+
+@st.composite
+def damages(draw):
+    """A name, and what becomes of its content."""
+    name, other = draw(st.permutations(["tokenizer.json", "tokenizer_config.json"]))
+    kind = draw(st.sampled_from(["flip", "cut", "empty", "swap", "noise", "missing"]))
+    place = draw(st.floats(0, 1, exclude_max=True))
+    bit = draw(st.integers(0, 7))
+
+    def damage(files):
+        content = files[name]
+        index = int(place * len(content))
+        if kind == "flip":
+            return content[:index] + bytes([content[index] ^ 1 << bit]) + content[index + 1 :]
+        if kind == "noise":
+            return content[:index] + b"\xff\x00{[" + content[index:]
+        return {"cut": content[:index], "empty": b"", "swap": files[other], "missing": None}[kind]
+
+    return name, damage
+
+
+def write_damaged(folder, files, name, damage, manifest):
+    for path in folder.iterdir():
+        path.unlink()
+    for other, content in {**files, name: damage(files)}.items():
+        if content is not None and (manifest or other != MANIFEST):
+            (folder / other).write_bytes(content)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(damages())
+def test_a_damaged_tokenizer_with_a_manifest_is_refused_by_name(saved, tmp_path, change):
+    name, damage = change
+    write_damaged(tmp_path, saved, name, damage, manifest=True)
+    with pytest.raises(UserError, match=name):
+        load_tokenizer(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(damages())
+def test_a_damaged_tokenizer_without_a_manifest_raises_nothing_but_user_errors(saved, tmp_path, change):
+    name, damage = change
+    write_damaged(tmp_path, saved, name, damage, manifest=False)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError:
+            continue
+        assert isinstance(tokenizer.eos_token_id, int)
+
+
+def test_a_tokenizer_file_that_was_added_to_a_folder_with_a_manifest_is_refused(saved, tmp_path):
+    write_damaged(tmp_path, saved, MANIFEST, lambda files: files[MANIFEST], manifest=True)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(TRAINED)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|pad|>"}')
+    with pytest.raises(UserError, match=r"does not list special_tokens_map\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_code_of_a_tokenizer_is_run(saved, tmp_path):
+    write_damaged(tmp_path, saved, MANIFEST, lambda files: files[MANIFEST], manifest=False)
+    config = json.loads(saved["tokenizer_config.json"])
+    config["tokenizer_class"] = "Other"
+    config["auto_map"] = {"AutoTokenizer": ["code.Other", "code.Other"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\nclass Other: pass\n")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "was_run").exists()

@@ -32,7 +32,7 @@ def encode(texts: list[str], encoding: Encoding, num_workers: int, *, in_workers
     """Seconds, a hash of all tokens and lengths, and the number of tokens."""
     batches = text_batches((text, 0) for text in texts)
     start = time.perf_counter()
-    encoded = workers._encode_in_workers if in_workers else workers.encode_batches
+    encoded = workers.encode_in_workers if in_workers else workers.encode_batches
     results = [tokens_and_lengths for _, tokens_and_lengths in encoded(batches, encoding, num_workers)]
     seconds = time.perf_counter() - start
     digest = hashlib.sha256()

@@ -31,6 +31,8 @@ TRANSPORT_ERRORS = {
     "aiohttp": {"ClientConnectionError", "ClientPayloadError"},
 }
 TOO_MANY_REQUESTS = 429
+# What huggingface_hub and `datasets` raise where the environment forbids to ask; a ConnectionError to Python.
+OFFLINE = "OfflineModeIsEnabled"
 
 # What `datasets` calls the place in a stream, JSON-able, and the number of rows before it.
 HubPlace = dict[str, Any]
@@ -129,14 +131,12 @@ def checked_text(value: object, where: str) -> str:
 def is_passing(error: BaseException | None) -> bool:
     """Whether another try may succeed: the error, or one that it comes from, is of the connection or of a server that
     is busy; and none says that the hub refuses or that it must not be asked."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     passing = False
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         status = _status(error)
-        if isinstance(error, OfflineModeIsEnabled):
+        if type(error).__name__ == OFFLINE:
             return False
         if status is not None and status < 500 and status != TOO_MANY_REQUESTS:
             return False

@@ -59,7 +59,7 @@ def encode_batches(
         few = len(first) < BATCHES_WITHOUT_WORKERS
         batches = chain(first, batches)
         if not few:
-            yield from _encode_in_workers(batches, encoding, num_workers)
+            yield from encode_in_workers(batches, encoding, num_workers)
             return
     encoder = Encoder(encoding)
     for batch in batches:
@@ -70,13 +70,10 @@ def encode_batches(
         yield batch, encoded
 
 
-def _failed(reason: str) -> UserError:
-    return UserError(f"The documents cannot be tokenised: {reason.rstrip('.')}.")
-
-
-def _encode_in_workers(
+def encode_in_workers(
     batches: Iterable[Batch], encoding: Encoding, num_workers: int
 ) -> Iterator[tuple[Batch, Encoded]]:
+    """As `encode_batches`, in `num_workers` processes however few batches there are."""
     workers: list[_Worker] = []
     idle: SimpleQueue[_Worker] = SimpleQueue()
 
@@ -106,6 +103,10 @@ def _encode_in_workers(
         threads.shutdown(wait=True, cancel_futures=True)
         for worker in workers:
             worker.close()
+
+
+def _failed(reason: str) -> UserError:
+    return UserError(f"The documents cannot be tokenised: {reason.rstrip('.')}.")
 
 
 def _result(under_way: "deque[tuple[Batch, Future[Encoded]]]") -> tuple[Batch, Encoded]:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -199,14 +199,16 @@ def _write_training_tokens(
         if limit is None or journal.num_tokens < limit:
             encoding = encoding_of(tokenizer, map(document_hash, held_out))
             batches = text_batches(_read_places(config, bars, label if limit is None else "Reading", journal.place))
-            for batch, encoded in encode_batches(batches, encoding, config.num_workers):
-                if limit is not None:
-                    encoded = cut(encoded, limit - journal.num_tokens)
-                journal.append(encoded, batch.end)
-                if bar is not None:
-                    bars.advance(bar, len(encoded[0]))
-                if journal.num_tokens == limit:
-                    break
+            # Closed at once if this is interrupted: a traceback would keep the generator, and it its workers.
+            with closing(encode_batches(batches, encoding, config.num_workers)) as results:
+                for batch, encoded in results:
+                    if limit is not None:
+                        encoded = cut(encoded, limit - journal.num_tokens)
+                    journal.append(encoded, batch.end)
+                    if bar is not None:
+                        bars.advance(bar, len(encoded[0]))
+                    if journal.num_tokens == limit:
+                        break
         if journal.num_documents == 0:
             raise UserError(
                 f"No document of the training source {config.source!r} is left: all are in the validation data "

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,7 +38,7 @@ def own_cores() -> int:
 
 def encode_batches(
     batches: Iterable[Batch], encoding: Encoding, num_workers: int | None
-) -> Iterator[tuple[Batch, Encoded]]:
+) -> Generator[tuple[Batch, Encoded], None, None]:
     """Each batch with its tokens, in the order of the batches.
 
     Args:

@@ -1,6 +1,7 @@
 import os
 import random
 import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep
@@ -145,6 +146,26 @@ def test_what_was_made_before_an_interruption_is_used(config, expected, small_ba
     assert cached(settings) == expected
     assert "Tokenising was interrupted after" in capsys.readouterr().err
     assert appended == NUM_BATCHES
+
+
+def test_an_interruption_leaves_no_worker(config, small_batches, monkeypatch):
+    processes = []
+    start = subprocess.Popen
+
+    def remember(*arguments, **options):
+        processes.append(start(*arguments, **options))
+        return processes[-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moxe.data.workers.subprocess.Popen", remember)
+    monkeypatch.setattr(journal.TokenJournal, "append", interrupt)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        prepare(config(num_workers=2), seed=0)
+    assert interruption.traceback  # which holds on to every frame
+    assert len(processes) == 2
+    assert all(process.poll() is not None for process in processes)
 
 
 def test_the_bar_of_a_build_that_was_picked_up_begins_where_it_was_left(config, small_batches, monkeypatch):

@@ -9,8 +9,8 @@ A document that does not fit goes on in the next row, where its state starts ane
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, repeat
+from dataclasses import asdict, dataclass
+from itertools import count, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class PackedDataset(Dataset[Row]):
         self.documents = documents
         self.sequence_length = sequence_length
         self.pad_token_id = pad_token_id
-        count = len(documents)
-        self._order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        size = len(documents)
+        self._order = np.arange(size) if seed is None else np.random.default_rng(seed).permutation(size)
         # Where each document, in this order, ends in the stream of all tokens.
         self._ends = np.cumsum(np.diff(documents.offsets)[self._order])
 
@@ -68,18 +68,6 @@ class PackedDataset(Dataset[Row]):
             place += 1
         return _row(pieces, self.sequence_length, self.pad_token_id)
 
-    def position(self, rows: int) -> dict[str, int]:
-        """Where row `rows` begins: the `document`, counted in the shuffled order, and the token `offset` in it.
-
-        Raises:
-            IndexError: if there are not so many rows.
-        """
-        if not 0 <= rows <= len(self):
-            raise IndexError(f"row {rows} of {len(self)}")
-        token = min(rows * self.sequence_length, self.documents.num_tokens)
-        document = int(np.searchsorted(self._ends, token, side="right"))
-        return {"document": document, "offset": token - (int(self._ends[document - 1]) if document else 0)}
-
 
 @dataclass(frozen=True)
 class Block:
@@ -95,9 +83,10 @@ class Block:
 
 
 class PackedStream(IterableDataset[Row]):
-    """Rows of documents that are read as they are needed, such as a data set streamed from the hub.
+    """Rows without end of documents that are read as they are needed, such as a data set streamed from the hub.
 
-    A pass can be left after any row and gone on with in another process: `state_at` there, `resume` here.
+    After the last document, and a row that padding fills, the next pass over the data begins. The rows can be gone on
+    with in another process: `state_at` there, `resume` here.
 
     Args:
         open_blocks: gives the blocks of a pass over the data, from the number of the pass and the place of the block
@@ -115,61 +104,61 @@ class PackedStream(IterableDataset[Row]):
         self.open_blocks = open_blocks
         self.sequence_length = sequence_length
         self.pad_token_id = pad_token_id
-        self.epoch = 0
-        self._resumed: dict[str, Any] | None = None
-        # Of the pass under way: number of rows -> block's place, document in the block, token in the document.
-        self._marks: dict[int, tuple[dict[str, Any] | None, int, int]] = {}
-        self._marked_epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which pass over the data the next iteration is; the Trainer calls it."""
-        self.epoch = epoch
+        self._start = (0, _StreamPlace())  # rows that come before it, without text
+        # Number of rows -> where the next one begins.
+        self._places: dict[int, _StreamPlace] = {}
 
     def state_at(self, rows: int) -> dict[str, Any]:
-        """Where the pass under way stands after its first `rows` rows; JSON can say it.
+        """Where the row after the first `rows` rows begins; JSON can say it.
 
         Rows may have been read ahead of the one that is asked about, RECENT_ROWS at most.
 
         Raises:
             ValueError: if so many rows were not read yet, or more than RECENT_ROWS were read since.
         """
-        if rows not in self._marks:
-            known = f"{min(self._marks)} to {max(self._marks)}" if self._marks else "none"
+        if rows not in self._places:
+            known = f"{min(self._places)} to {max(self._places)}" if self._places else "none"
             raise ValueError(f"the place after row {rows} is not known; those known: {known}")
-        place, document, offset = self._marks[rows]
-        return {"epoch": self._marked_epoch, "rows": rows, "block": place, "document": document, "offset": offset}
+        return {"rows": rows, **asdict(self._places[rows])}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """The next iteration that is pass `state["epoch"]` goes on from there.
-
-        Its first `state["rows"]` rows are one row over and over, without any text, for the Trainer to skip.
+        """Iterations go on from there; their first `state["rows"]` rows are one row over and over, without any text,
+        for the Trainer to skip.
 
         Args:
             state: from `state_at`, of a stream of the same documents, sequence length and seed.
         """
-        self._resumed = state
-        self._begin(state)
+        place = {key: value for key, value in state.items() if key != "rows"}
+        self._start = (state["rows"], _StreamPlace(**place))
+        self._places = dict([self._start])
 
     def __iter__(self) -> Iterator[Row]:
         if get_worker_info() is not None:
             raise UserError("A stream is read in the process that trains: its DataLoader takes no workers.")
-        epoch = self.epoch
-        state = {"epoch": epoch, "rows": 0, "block": None, "document": 0, "offset": 0}
-        if self._resumed is not None and self._resumed["epoch"] == epoch:
-            state, self._resumed = self._resumed, None
-        self._begin(state)
-        rows, first_document, first_offset = state["rows"], state["document"], state["offset"]
-        if rows:
-            skipped = _row([np.full(self.sequence_length, self.pad_token_id)], self.sequence_length, self.pad_token_id)
-            yield from repeat(skipped, rows)
+        return self._rows(*self._start)
 
+    def _rows(self, rows: int, place: "_StreamPlace") -> Iterator[Row]:
+        if rows:
+            without_text = [np.full(self.sequence_length, self.pad_token_id)]
+            yield from repeat(_row(without_text, self.sequence_length, self.pad_token_id), rows)
+        self._places = {rows: place}
+        for number in count(place.epoch):
+            rows_before = rows
+            for row, after in self._pass_from(place):
+                rows += 1
+                self._remember(rows, after)
+                yield row
+            if rows == rows_before and place == _StreamPlace(epoch=number):
+                raise UserError("The stream holds no text: a pass over its data gave no row.")
+            place = _StreamPlace(epoch=number + 1)
+
+    def _pass_from(self, place: "_StreamPlace") -> Iterator[tuple[Row, "_StreamPlace"]]:
+        """The rows that are left of a pass, each with the place after it."""
+        epoch, first_document, offset = place.epoch, place.document, place.offset
         pieces: list[Tokens] = []
         room = self.sequence_length
-        place, number, offset = state["block"], first_document, first_offset
-        for block in self.open_blocks(epoch, state["block"]):
-            place = block.place
+        for block in self.open_blocks(epoch, place.block):
             for number, document in islice(enumerate(block.documents), first_document, None):
-                offset, first_offset = first_offset, 0
                 while offset < len(document):
                     pieces.append(document[offset : offset + room])
                     offset += len(pieces[-1])
@@ -177,23 +166,26 @@ class PackedStream(IterableDataset[Row]):
                     if room == 0:
                         row = _row(pieces, self.sequence_length, self.pad_token_id)
                         pieces, room = [], self.sequence_length
-                        rows += 1
-                        self._mark(rows, place, number, offset)
-                        yield row
-            first_document = first_offset = 0
+                        yield row, _StreamPlace(epoch, block.place, number, offset)
+                offset = 0
+            first_document = offset = 0
         if pieces:
-            self._mark(rows + 1, place, number, offset)
-            yield _row(pieces, self.sequence_length, self.pad_token_id)
+            yield _row(pieces, self.sequence_length, self.pad_token_id), _StreamPlace(epoch + 1)
 
-    def _begin(self, state: dict[str, Any]) -> None:
-        self._marks.clear()
-        self._marked_epoch = state["epoch"]
-        self._mark(state["rows"], state["block"], state["document"], state["offset"])
+    def _remember(self, rows: int, place: "_StreamPlace") -> None:
+        self._places[rows] = place
+        if len(self._places) > RECENT_ROWS:
+            del self._places[next(iter(self._places))]
 
-    def _mark(self, rows: int, place: dict[str, Any] | None, document: int, offset: int) -> None:
-        self._marks[rows] = (place, document, offset)
-        if len(self._marks) > RECENT_ROWS:
-            del self._marks[next(iter(self._marks))]
+
+@dataclass(frozen=True)
+class _StreamPlace:
+    """A place in a stream: number of the pass, place of the block, document in the block, token in the document."""
+
+    epoch: int = 0
+    block: dict[str, Any] | None = None
+    document: int = 0
+    offset: int = 0
 
 
 def _row(pieces: Sequence[Tokens], sequence_length: int, pad_token_id: int) -> Row:

@@ -91,7 +91,11 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
     model = MoxEForCausalLM(config)
     with folder.locked() if is_main else nullcontext():
         with arguments.main_process_first():
-            checkpoint = folder.checkpoint_to_go_on_from(recipe, console) if is_main else folder.checkpoints.newest()[0]
+            checkpoint = (
+                folder.checkpoint_to_go_on_from(recipe, corpus.fingerprint, console)
+                if is_main
+                else folder.checkpoints.newest()[0]
+            )
         if is_main:
             recipe.save(folder.recipe_path)
             _print_start(model, corpus, folder, checkpoint, console)
@@ -104,6 +108,7 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
             checkpoints=folder.checkpoints,
             signals=signals,
             say=partial(_say, console),
+            data_fingerprint=corpus.fingerprint,
             model=model,
             args=arguments,
             train_dataset=corpus.train,

@@ -26,7 +26,7 @@ import moxe
 from moxe.errors import UserError
 from moxe.manifest import write_manifest
 from moxe.recipe import Recipe, load_recipe
-from moxe.training.checkpoint import RECIPE, Checkpoint, Checkpoints
+from moxe.training.checkpoint import PROGRESS, RECIPE, Checkpoint, Checkpoints, read_json
 
 # Settings that a run may go on with although it was started with others: they decide what is kept, shown and how fast
 # it goes. The last two round differently; all others leave the weights as they would have been.
@@ -97,13 +97,13 @@ class RunFolder:
         finally:
             lock.release()
 
-    def checkpoint_to_go_on_from(self, recipe: Recipe, console: Console) -> Checkpoint | None:
+    def checkpoint_to_go_on_from(self, recipe: Recipe, data_fingerprint: str, console: Console) -> Checkpoint | None:
         """The newest undamaged checkpoint; None: the run starts at step 0.
 
         Says which later ones are damaged and how, and sets them aside; removes what was left half-written.
 
         Raises:
-            UserError: if no checkpoint is undamaged, or the one that is belongs to a run with other settings.
+            UserError: if no checkpoint is undamaged, or the one that is belongs to a run with other settings or data.
         """
         newest, damage = self.checkpoints.newest()
         for error in damage:
@@ -112,6 +112,7 @@ class RunFolder:
             console.print(warning, markup=False, highlight=False, soft_wrap=True)
         if newest is not None:
             self._refuse_other_run(recipe, newest.path / RECIPE)
+            self._refuse_other_data(newest, data_fingerprint)
             self.checkpoints.set_aside(later_than=newest)
         self.checkpoints.remove_unfinished()
         return newest
@@ -125,6 +126,14 @@ class RunFolder:
                         f"{self.path} holds a run that was started with {section}.{key}={before[section][key]!r}, not "
                         f"{settings[key]!r}: give another --name, or the same settings"
                     )
+
+    def _refuse_other_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
+        data = read_json(checkpoint.path / PROGRESS).get("data")
+        if not isinstance(data, dict) or data.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"the data (or the tokenizer) have changed since the run in {self.path} was started: put back what was "
+                "there, or give another --name"
+            )
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

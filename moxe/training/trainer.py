@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from moxe.data.packing import PackedStream
 from moxe.errors import UserError
 from moxe.models.modeling_moxe import MoxECausalLMOutput, MoxEForCausalLM, pack_tokens
 from moxe.observability.metrics import LOSS_TERMS, MetricsFile
@@ -83,6 +84,7 @@ class MoxETrainer(Trainer):
         checkpoints: Checkpoints | None = None,
         signals: StopSignals | None = None,
         say: Callable[[str], None] | None = None,
+        data_fingerprint: str = "",
         **kwargs: Any,
     ) -> None:
         """As Trainer, with what a run brings.
@@ -93,6 +95,7 @@ class MoxETrainer(Trainer):
             checkpoints: where to save; None: nowhere.
             signals: looked at after each step and each batch of a validation.
             say: prints a sentence.
+            data_fingerprint: of the training data, for its checkpoints.
         """
         super().__init__(model=model, **kwargs)
         self.training = training
@@ -102,6 +105,7 @@ class MoxETrainer(Trainer):
         self._saved_step: int | None = None
         self._steps_an_epoch = 0
         self._validation_is_due = False
+        self.data_fingerprint = data_fingerprint
         self.say = say or (lambda sentence: None)
         self.guard, self.routing_watch = UpdateGuard(training), RoutingWatch()
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients
@@ -402,6 +406,7 @@ class MoxETrainer(Trainer):
         if not self.args.should_save:
             return
         assert self.metrics is not None
+        progress["data"] = {"fingerprint": self.data_fingerprint, **self._place_in_data()}
         self.state.save_to_json(str(folder / TRAINER_STATE))
         (folder / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
         self.metrics.copy_to(folder / METRICS)
@@ -419,8 +424,20 @@ class MoxETrainer(Trainer):
             "interval_routing": None if routing is None else self._reduce(routing).tolist(),
         }
 
+    def _place_in_data(self) -> dict[str, Any]:
+        """Where the next row is: the Trainer finds it again by the number of steps, a stream by its own place."""
+        rows_a_step = self.get_total_train_batch_size(self.args)
+        step = self.state.global_step
+        if isinstance(self.train_dataset, PackedStream):
+            return self.train_dataset.state_at(step * rows_a_step)
+        epoch, step_in_epoch = divmod(step, self._steps_an_epoch)
+        return {"epoch": epoch, "rows": step_in_epoch * rows_a_step}
+
     def _load_progress(self, checkpoint: Path) -> None:
         progress = read_json(checkpoint / PROGRESS)
+        if isinstance(self.train_dataset, PackedStream):
+            place = {key: value for key, value in progress["data"].items() if key != "fingerprint"}
+            self.train_dataset.resume(place)
         self._validation_is_due = progress["validation_is_due"]
         self.guard.load_state_dict(progress["guard"])
         self.routing_watch.load_state_dict(progress["routing_watch"])

@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from rich.console import Console
 
 import moxe.training.run as run_module
+from moxe.data.corpus import Corpus, prepare
+from moxe.data.packing import Block, PackedStream
 from moxe.errors import Stopped, UserError
 from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
@@ -167,6 +171,84 @@ def test_accumulation_over_several_epochs_goes_on_in_the_middle_of_one(make_reci
     train(make_recipe(name="parts", **settings), quiet())
     assert max(record["epoch"] for record in timeless_metrics(whole)) > 1
     assert_same_run(recipe.run_dir, whole)
+
+
+def stream_in_place_of_the_dataset(opened: list[tuple[int, int]]) -> Callable[..., Corpus]:
+    """`prepare`, but the training documents come as a stream, in another order in each pass."""
+
+    def prepare_stream(config: Any, *, seed: int, progress: bool = True) -> Corpus:
+        corpus = prepare(config, seed=seed, progress=False)
+        documents = list(corpus.train.documents)[:7]  # type: ignore[union-attr]
+
+        def open_blocks(epoch: int, place: dict[str, Any] | None) -> Iterator[Block]:
+            for number in range(0 if place is None else place["number"], 3):
+                opened.append((epoch, number))
+                part = documents[number::3]
+                order = np.random.default_rng(epoch).permutation(len(part))
+                yield Block({"number": number}, [part[index] for index in order])
+
+        stream = PackedStream(open_blocks, sequence_length=config.sequence_length, pad_token_id=1)
+        return replace(corpus, train=stream)
+
+    return prepare_stream
+
+
+def test_a_stream_goes_on_where_it_was_over_several_passes(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    settings = {"max_steps": 9, "gradient_accumulation_steps": 2, "batch_size": 2, "eval_steps": 0, "save_steps": 0}
+    opened: list[tuple[int, int]] = []
+    monkeypatch.setattr(run_module, "prepare", stream_in_place_of_the_dataset(opened))
+    whole = train(make_recipe(name="whole", **settings), quiet()).path
+    assert opened[-1][0] >= 2
+    recipe = make_recipe(name="parts", **settings)
+    for step in (2, 5, 8):
+        stop(recipe, lambda patch, step=step: at_step(step, sender(signal.SIGTERM), patch))
+        opened.clear()
+    train(make_recipe(name="parts", **settings), quiet())
+    assert (0, 0) not in opened
+    assert_same_run(recipe.run_dir, whole)
+
+
+def test_a_run_does_not_go_on_with_data_that_have_changed(text_file: Path, make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = make_recipe()
+    recipe.data.source = str(shutil.copyfile(text_file, tmp_path / "text.txt"))
+    stop(recipe, lambda patch: at_step(3, sender(signal.SIGTERM), patch))
+    with (tmp_path / "text.txt").open("a") as file:
+        file.write("one more dog\n")
+    again = make_recipe()
+    again.data.source = recipe.data.source
+    with pytest.raises(UserError, match=r"the data \(or the tokenizer\) have changed since the run in .* was started"):
+        train(again, quiet())
+
+
+def test_skipped_steps_are_counted_on(make_recipe: MakeRecipe):
+    def poison(patch: pytest.MonkeyPatch) -> None:
+        step = MoxETrainer.training_step
+
+        def poisoned(self: MoxETrainer, model: Any, *args: Any) -> Any:
+            loss = step(self, model, *args)
+            if self.state.global_step == 1:
+                model.lm_head.weight.grad[0, 0] = float("nan")
+            return loss
+
+        patch.setattr(MoxETrainer, "training_step", poisoned)
+
+    settings = {"on_nonfinite": "skip", "save_steps": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        whole = train(make_recipe(name="whole", **settings), quiet()).path
+    recipe = make_recipe(name="parts", **settings)
+
+    def poison_and_stop(patch: pytest.MonkeyPatch) -> None:
+        poison(patch)
+        at_step(3, sender(signal.SIGTERM), patch)
+
+    stop(recipe, poison_and_stop)
+    train(make_recipe(name="parts", **settings), quiet())
+    lines = [line for line in read_metrics(whole / "metrics.jsonl") if "layers" in line]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+    assert (recipe.run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    again = [line for line in read_metrics(recipe.run_dir / "metrics.jsonl") if "layers" in line]
+    assert [line["skipped_steps"] for line in again] == [0, 1, 1, 1]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(

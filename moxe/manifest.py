@@ -70,6 +70,18 @@ def verify_manifest(folder: Path, patterns: Iterable[str] = ("*",), required: It
     return True
 
 
+def require_unchanged(folder: Path, patterns: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Refuse a model folder whose files are not those of its manifest, and say what to do if the change was meant.
+
+    Raises:
+        DamagedError: see `verify_manifest`.
+    """
+    try:
+        verify_manifest(folder, patterns, required)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; if the change was meant, remove {folder / MANIFEST}") from None
+
+
 def sync(path: Path) -> None:
     """Hand what was written to a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

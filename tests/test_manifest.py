@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moxe.manifest import MANIFEST, DamagedError, verify_manifest, write_manifest
+from moxe.manifest import MANIFEST, DamagedError, require_unchanged, verify_manifest, write_manifest
 
 FILES = {"a.bin": b"some bytes", "b.json": b"{}", "inner/c.txt": b"text", "empty": b""}
 
@@ -116,3 +116,10 @@ def test_what_is_no_manifest_is_refused(folder: Path, content: str):
     (folder / MANIFEST).write_text(content)
     with pytest.raises(DamagedError):
         verify_manifest(folder)
+
+
+def test_who_meant_to_change_a_model_is_told_what_to_do(folder: Path):
+    require_unchanged(folder, ["*"])
+    (folder / "b.json").write_text("{1}")
+    with pytest.raises(DamagedError, match=r"b\.json has 3 bytes.*; if the change was meant, remove .*json$"):
+        require_unchanged(folder, ["*"])

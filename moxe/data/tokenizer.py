@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moxe.data.config import SMALLEST_VOCABULARY
 from moxe.errors import UserError
-from moxe.manifest import verify_manifest
+from moxe.manifest import require_unchanged
 
 # What a folder keeps of a tokenizer.
 FILES = ("tokenizer*", "special_tokens*")
@@ -75,7 +75,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
             )
         files = (entry.name for entry in path.iterdir() if entry.is_file())
         present = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in FILES))
-        verify_manifest(path, FILES, required=present)  # one that is not listed was put there later
+        require_unchanged(path, FILES, required=present)  # one that is not listed was put there later
         if not (path / "tokenizer_config.json").is_file():
             return load_tokenizer(path / "tokenizer.json")
     return _from_pretrained(str(path if path.is_dir() else name_or_path))

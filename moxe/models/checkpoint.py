@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from moxe.errors import UserError, shown
-from moxe.manifest import verify_manifest
+from moxe.manifest import require_unchanged
 from moxe.models.configuration_moxe import PASSED_BY_TRANSFORMERS, MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
 
@@ -49,7 +49,7 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _load_config(folder: Path, files_to_verify: tuple[str, ...]) -> MoxEConfig:
-    verify_manifest(folder, files_to_verify)
+    require_unchanged(folder, files_to_verify)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is not a checkpoint: it holds no config.json")

@@ -21,6 +21,8 @@ from moxe.cli import main, split_overrides
 from moxe.data.tokenizer import train_tokenizer
 from moxe.errors import UserError
 from moxe.recipe import recipe_names
+from moxe.training.trainer import MoxETrainer
+from moxe.training.verify_resume import Kill, Verification
 
 SENTENCES = [
     "the old man and the sea went to the quiet town in the morning",
@@ -93,7 +95,7 @@ def test_help_names_every_command_and_shows_examples(capsys):
         assert f"  moxe {name} " in text
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "info"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "info", "verify-resume"])
 def test_every_command_has_its_help(capsys, command):
     assert output(capsys, command, "--help").startswith(f"usage: moxe {command} ")
 
@@ -234,6 +236,77 @@ def test_a_run_can_be_evaluated_sampled_and_described(capsys, tmp_path, corpus):
 def test_bad_settings_are_refused_before_anything_is_written(capsys, tmp_path, corpus, override, sentence):
     assert sentence in refusal(capsys, "train", recipe_file(tmp_path, corpus), *override)
     assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_the_same_command_leaves_a_finished_run_alone_and_a_name_starts_another(capsys, tmp_path, corpus):
+    train = ["train", str(recipe_file(tmp_path, corpus))]
+    assert main(train) == 0
+    weights = tmp_path / "runs" / "tiny" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(train) == 0
+    assert "is finished and left as it is: --name NAME starts another run" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    assert "started with training.seed=0, not 1: give another --name" in refusal(capsys, *train, "--training.seed", "1")
+    assert main([*train, "--training.seed", "1", "--name", "other"]) == 0
+    assert (tmp_path / "runs" / "other" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".."])
+def test_a_name_that_is_no_folder_name_is_refused(capsys, name):
+    assert "must be a folder name without a slash" in refusal(capsys, "train", "default", "--name", name)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_run_that_a_signal_stops_says_how_to_go_on_and_goes_on(capfd, tmp_path, corpus, signum, code, monkeypatch):
+    train = ["train", str(recipe_file(tmp_path, corpus))]
+    training_step = MoxETrainer.training_step
+
+    def signal_and_step(*args):
+        os.kill(os.getpid(), signum)
+        return training_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoxETrainer, "training_step", signal_and_step)
+        assert main(train) == code
+    printed = capfd.readouterr()
+    folder = tmp_path / "runs" / "tiny"
+    assert printed.err.splitlines()[-1] == (
+        f"moxe: stopped by {signum.name}; the same command goes on from {folder / 'checkpoint-1'}"
+    )
+    assert main(train) == 0
+    assert "going on after step 1" in capfd.readouterr().out
+
+
+def test_verify_resume_says_what_is_the_same_and_what_is_not(capsys, monkeypatch, tmp_path):
+    kills = [Kill(step=3, while_saving=False), Kill(step=5, while_saving=True)]
+    same = {"model.safetensors": "ab" * 32, "metrics.jsonl": "cd" * 32}
+    asked = []
+
+    def verify(recipe, folder, **options):
+        asked.append((recipe.training.max_steps, folder, options))
+        return Verification(kills, same, {**same, **differences})
+
+    monkeypatch.setattr("moxe.training.verify_resume.verify_resume", verify)
+    differences: dict[str, str] = {}
+    command = ["verify-resume", "default", "--training.max_steps", "9", "--kills", "2", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert asked == [(9, tmp_path, {"kills": 2})]
+    out = capsys.readouterr().out
+    assert "killed 2 times, 1 of them in the middle of a save" in out
+    assert "DIFFERENT" not in out
+    differences = {"model.safetensors": "ef" * 32}
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERENT  model.safetensors" in out
+    assert "ef" * 32 in out
+    assert "same  metrics.jsonl" in out
+
+
+def test_verify_resume_needs_an_empty_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is not empty: give a new folder" in refusal(capsys, "verify-resume", "default", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest(capsys):

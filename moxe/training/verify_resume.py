@@ -69,7 +69,7 @@ def verify_resume(
     Args:
         recipe: what to train; its name and output folder are not used.
         folder: an empty or a new one.
-        kills: how often; every second kill waits for a checkpoint to be written and falls into that.
+        kills: how often; every second kill waits for a checkpoint to be written and falls anywhere into that.
         seed: of the random points.
         say: is given a line at each stage.
 
@@ -83,16 +83,14 @@ def verify_resume(
     recipe.save(folder / "recipe.yaml")
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     say("training once without a kill")
-    start = time.perf_counter()
-    _finish(_start(undisturbed))
+    seconds_a_save = _seconds_a_save(_start(undisturbed), undisturbed)
     steps = _last_step(undisturbed)
-    seconds_a_step = (time.perf_counter() - start) / max(1, steps)
     say(f"{steps} steps; training again, to be killed {kills} times")
     generator = random.Random(seed)
     targets = sorted(generator.randrange(steps) for _ in range(kills))
     done = []
     for number, target in enumerate(targets):
-        kill = _kill_after(_start(killed), killed, target, number % 2 == 1, generator.uniform(0, seconds_a_step))
+        kill = _kill_after(killed, target, number % 2 == 1, generator.uniform(0, seconds_a_save))
         if kill is None:
             break
         done.append(kill)
@@ -115,14 +113,39 @@ def _finish(process: subprocess.Popen[str]) -> None:
         raise UserError(f"a run failed with exit code {process.returncode}: {errors.strip()[-500:]}")
 
 
-def _kill_after(process: subprocess.Popen[str], run: Path, step: int, while_saving: bool, delay: float) -> Kill | None:
-    """Kill the process `delay` seconds after it logged `step`, or as soon as it saves; None: it ended before."""
-    while process.poll() is None and _last_step(run) < step:
+def _seconds_a_save(process: subprocess.Popen[str], run: Path) -> float:
+    """Wait for the end of a run; how long each of its checkpoints was being written, on average."""
+    began, seconds = None, []
+    while process.poll() is None:
+        if began is None and _is_saving(run):
+            began = time.perf_counter()
+        elif began is not None and not _is_saving(run):
+            seconds.append(time.perf_counter() - began)
+            began = None
         time.sleep(_POLL_SECONDS)
-    while while_saving and process.poll() is None and not _is_saving(run):
-        time.sleep(_POLL_SECONDS)
-    if not while_saving:
-        time.sleep(delay)
+    _finish(process)
+    return sum(seconds) / max(1, len(seconds))
+
+
+def _kill_after(run: Path, step: int, while_saving: bool, delay: float) -> Kill | None:
+    """Start a run and kill it `delay` seconds after it logged `step`, or after it then begins to save.
+
+    Returns:
+        None: it ended before.
+    """
+    metrics = run / "metrics.jsonl"
+    of_the_last_start = metrics.stat().st_ino if metrics.exists() else None
+    process = _start(run)
+
+    def wait_until(holds: Callable[[], bool]) -> None:
+        while process.poll() is None and not holds():
+            time.sleep(_POLL_SECONDS)
+
+    wait_until(lambda: metrics.exists() and metrics.stat().st_ino != of_the_last_start)
+    wait_until(lambda: _last_step(run) >= step)
+    if while_saving:
+        wait_until(lambda: _is_saving(run))
+    time.sleep(delay)
     if process.poll() is not None:
         _finish(process)
         return None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import moxe
 from moxe.benchmarks import QUESTIONS
@@ -53,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Stopped as stopped:
-        print(f"\nmoxe: {stopped}", file=sys.stderr)
+        _complain(f"\nmoxe: {stopped}")
         return 128 + stopped.signum
     except KeyboardInterrupt:
-        print("\nmoxe: interrupted", file=sys.stderr)
+        _complain("\nmoxe: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever reads our output, such as `head`, has seen enough
-        _discard_output()
+        _discard(sys.stdout)
         return 0
     except (UserError, OSError) as error:
         return _refuse(str(error))
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = next(iter(str(error).splitlines()), "")
+        reason = f" ({reason.rpartition('] ')[2]})" if reason else ""
         return _refuse(
-            "there is not enough memory: choose a smaller batch_size, sequence_length or hidden_size"
-            + f" ({reason.rpartition('] ')[2]})" * bool(reason)
+            f"there is not enough memory: choose a smaller batch_size, sequence_length or hidden_size{reason}"
         )
 
 
@@ -89,16 +89,22 @@ def _refuse(sentence: str) -> int:
     if len(sentence) > LONGEST_SENTENCE:
         sentence = f"{sentence[: LONGEST_SENTENCE // 2]} ... {sentence[-LONGEST_SENTENCE // 2 :]}"
     printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in sentence)
-    print(f"moxe: {printable}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # it is what failed, and Python would complain once more at its end
-        _discard_output()
+    _complain(f"moxe: {printable}")
     return EXIT_USER_ERROR
 
 
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _complain(text: str) -> None:
+    """Print on the standard error output, if anybody is still there to read it."""
+    for stream, last_words in ((sys.stderr, f"{text}\n"), (sys.stdout, "")):
+        try:
+            stream.write(last_words)
+            stream.flush()
+        except OSError:  # Python would complain once more at its end, and change the exit code
+            _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -174,7 +180,7 @@ def info(args: argparse.Namespace) -> None:
     from moxe.models.checkpoint import load_config
     from moxe.recipe import load_recipe
 
-    path = Path(args.model)
+    path = Path(os.path.expanduser(args.model))
     if path.is_dir():
         if args.overrides:
             raise UserError(

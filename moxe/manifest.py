@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moxe.errors import UserError
+from moxe.errors import PassingError, UserError, shown
+from moxe.files import sync, write_whole
 
 MANIFEST = "manifest.json"
 _VERSION = 1
@@ -33,12 +33,9 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     if names is None:
         names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: _describe(folder / name) for name in sorted(set(names) - {MANIFEST})}
-    content = json.dumps({"version": _VERSION, "files": files}, indent=2) + "\n"
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(content, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, folder / MANIFEST)
-    sync(folder)
+    for inner in {(folder / name).parent for name in files} - {folder}:
+        sync(inner)
+    write_whole(folder / MANIFEST, json.dumps({"version": _VERSION, "files": files}, indent=2) + "\n")
 
 
 def verify_manifest(folder: Path, patterns: Iterable[str] = ("*",), required: Iterable[str] = ()) -> bool:
@@ -52,13 +49,16 @@ def verify_manifest(folder: Path, patterns: Iterable[str] = ("*",), required: It
     Raises:
         DamagedError: a file is missing, shorter, longer or different, lies outside the folder, or is required and not
             listed; or the manifest is not one.
+        PassingError: a file cannot be read, for instance because the disk fails or too many are open.
     """
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
         raise DamagedError(f"{path} cannot be read: {error}") from None
     files = _parse(text, path)
     for name in required:
@@ -82,18 +82,9 @@ def require_unchanged(folder: Path, patterns: Iterable[str], required: Iterable[
         raise DamagedError(f"{error}; if the change was meant, remove {folder / MANIFEST}") from None
 
 
-def sync(path: Path) -> None:
-    """Hand what was written to a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(path: Path) -> dict[str, Any]:
+    sync(path)
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 
@@ -106,7 +97,7 @@ def _parse(text: str, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(files := content.get("files"), dict):
         raise DamagedError(f"{path} is no manifest")
     if content.get("version") != _VERSION:
-        raise DamagedError(f"{path} has version {content.get('version')!r}; this moxe reads version {_VERSION}")
+        raise DamagedError(f"{path} has version {shown(content.get('version'))}; this moxe reads version {_VERSION}")
     if not all(isinstance(described, dict) for described in files.values()):
         raise DamagedError(f"{path} is no manifest")
     return files
@@ -114,20 +105,27 @@ def _parse(text: str, path: Path) -> dict[str, dict[str, Any]]:
 
 def _compare(folder: Path, name: str, described: dict[str, Any]) -> None:
     path = folder / name
-    leaves = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DamagedError(f"{folder / MANIFEST} lists {name!r}, which leaves its folder")
     try:
-        if leaves or not path.resolve().is_relative_to(folder.resolve()):
-            raise DamagedError(f"{folder / MANIFEST} lists {name!r}, which leaves its folder")
         size = path.stat().st_size
         if size != described.get("bytes"):
-            raise DamagedError(f"{path} has {size} bytes, but {described.get('bytes')!r} were written")
+            raise DamagedError(f"{path} has {size} bytes, but {shown(described.get('bytes'))} were written")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except IsADirectoryError:
+        raise DamagedError(f"{path} is a folder") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except ValueError as error:  # a name that no file can have
         if isinstance(error, DamagedError):
             raise
-        raise DamagedError(f"{path} cannot be read: {error}") from None
+        raise DamagedError(f"{folder / MANIFEST} lists {name!r}: {error}") from None
     if digest != described.get("sha256"):
         raise DamagedError(f"{path} is not what was written: its SHA-256 is {digest}")
+
+
+def _unreadable(path: Path, error: OSError) -> PassingError:
+    return PassingError(f"{path} cannot be read: {error.strerror or error}")

@@ -21,6 +21,7 @@ import yaml
 
 from moxe.data.config import DataConfig
 from moxe.errors import UserError, shown
+from moxe.files import write_whole
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.training.config import TrainingConfig
 
@@ -93,11 +94,7 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML, which `load_recipe` reads back to an equal one."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        content = yaml.dump(self.to_dict(), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True)
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(Path(path), yaml.dump(self.to_dict(), Dumper=_ExactDumper, sort_keys=False, allow_unicode=True))
 
 
 def recipe_names() -> list[str]:

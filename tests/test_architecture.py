@@ -18,6 +18,7 @@ SOURCES = sorted((ROOT / "moxe").rglob("*.py"))
 # that a recipe and the run it describes are two halves of one thing. `moxe` alone is the package's own __init__.
 LAYERS = (
     {"errors"},
+    {"files"},
     {"manifest"},
     {"ops"},
     {"modules"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moxe.errors import PassingError
 from moxe.manifest import MANIFEST, DamagedError, require_unchanged, verify_manifest, write_manifest
 
 FILES = {"a.bin": b"some bytes", "b.json": b"{}", "inner/c.txt": b"text", "empty": b""}
@@ -84,14 +87,25 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str):
         verify_manifest(folder)
 
 
-def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path):
+def test_a_link_may_lead_to_the_same_content_alone(tmp_path: Path):
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder)
-    (tmp_path / "outside").write_bytes(FILES["a.bin"])
     (folder / "a.bin").unlink()
     (folder / "a.bin").symlink_to(tmp_path / "outside")
-    with pytest.raises(DamagedError, match=r"'a\.bin', which leaves its folder"):
+    (tmp_path / "outside").write_bytes(FILES["a.bin"])
+    assert verify_manifest(folder)
+    (tmp_path / "outside").write_bytes(b"other text")
+    with pytest.raises(DamagedError, match=r"a\.bin is not what was written"):
+        verify_manifest(folder)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(PassingError, match=r"a\.bin cannot be read: Input/output error"):
         verify_manifest(folder)
 
 

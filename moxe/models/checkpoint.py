@@ -49,7 +49,8 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _load_config(folder: Path, files_to_verify: tuple[str, ...]) -> MoxEConfig:
-    require_unchanged(folder, files_to_verify)
+    present = [path.name for pattern in files_to_verify for path in folder.glob(pattern)]
+    require_unchanged(folder, files_to_verify, required=present)  # one that is not listed was put there later
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is not a checkpoint: it holds no config.json")

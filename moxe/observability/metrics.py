@@ -11,12 +11,12 @@ validation_layers.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from moxe.errors import UserError
+from moxe.files import write_whole
 
 # The loss (equation 21) and its terms, by their names in the model's output.
 LOSS_TERMS = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
@@ -31,9 +31,7 @@ class MetricsFile:
         Lines behind those of the checkpoint belong to steps that are about to be repeated.
         """
         self.path = path
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(b"" if resumed_from is None else resumed_from.read_bytes())
-        os.replace(temporary, path)
+        write_whole(path, b"" if resumed_from is None else resumed_from.read_bytes())
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

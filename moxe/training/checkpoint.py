@@ -21,10 +21,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from moxe.manifest import DamagedError, sync, verify_manifest, write_manifest
+from moxe.files import UNFINISHED, sync
+from moxe.manifest import DamagedError, verify_manifest, write_manifest
 
 TRAINER_STATE, PROGRESS, METRICS, RECIPE = "trainer_state.json", "progress.json", "metrics.jsonl", "recipe.yaml"
-_REQUIRED = ("config.json", "optimizer.pt", "scheduler.pt", TRAINER_STATE, PROGRESS, METRICS, RECIPE)
+WEIGHTS = "model.safetensors"
+_REQUIRED = ("config.json", WEIGHTS, "optimizer.pt", "scheduler.pt", TRAINER_STATE, PROGRESS, METRICS, RECIPE)
+_REMOVED = ".removed"
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,16 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Remove what a process that was killed left half-written or half-removed."""
-        for pattern in (".checkpoint-*", ".model-*"):
+        for pattern in (f".*{UNFINISHED}", f".*{_REMOVED}"):
             for path in self.run.glob(pattern):
-                shutil.rmtree(path)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
     def unfinished(self, step: int) -> Path:
         """Where the checkpoint of a step is written before it is whole."""
-        return self.run / f".checkpoint-{step}.unfinished"
+        return self.run / f".checkpoint-{step}{UNFINISHED}"
 
     def finish(self, step: int) -> None:
         """Vouch for the files in `unfinished(step)` and give the folder its name."""
@@ -108,9 +114,10 @@ class Checkpoints:
         """Remove all but the last ones and the one of `best_step`."""
         for checkpoint in self.all()[keep_last:]:
             if checkpoint.step != best_step:
-                removed = self.run / f".{checkpoint.path.name}.removed"
+                removed = self.run / f".{checkpoint.path.name}{_REMOVED}"
+                shutil.rmtree(removed, ignore_errors=True)
                 os.replace(checkpoint.path, removed)
-                shutil.rmtree(removed)
+                shutil.rmtree(removed, ignore_errors=True)
 
 
 def verify(checkpoint: Checkpoint) -> None:

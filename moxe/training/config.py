@@ -45,7 +45,7 @@ class TrainingConfig:
         logging_steps: steps between two lines of metrics.jsonl.
         eval_steps: steps between two validations; 0: only at the end.
         save_steps: steps between two checkpoints to resume from; 0: only at the end, and when the run is stopped.
-        save_total_limit: of the checkpoints, the last so many are kept.
+        save_total_limit: of the checkpoints, the last so many are kept; with 1 none is left if that one is damaged.
         save_best: also save, and keep, the checkpoint of the lowest validation loss.
         report_to: any of `tensorboard`, `wandb`; metrics.jsonl is always written.
         num_threads: threads of torch on a CPU; None: torch's choice.
@@ -83,7 +83,7 @@ class TrainingConfig:
     logging_steps: int = 10
     eval_steps: int = 200
     save_steps: int = 500
-    save_total_limit: int = 1
+    save_total_limit: int = 2
     save_best: bool = False
     report_to: list[Reporter] = field(default_factory=list)
     num_threads: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -34,7 +33,8 @@ from moxe.recipe import Recipe
 from moxe.training.callbacks import ConsoleProgress
 from moxe.training.checkpoint import METRICS, Checkpoint
 from moxe.training.config import TrainingConfig
-from moxe.training.run_folder import RunFolder
+from moxe.training.console import run_console
+from moxe.training.run_folder import RunFolder, write_json
 from moxe.training.signals import StopSignals, stop_signals
 from moxe.training.trainer import MoxETrainer, ValidationStopped
 
@@ -62,8 +62,7 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
     _require_reporters(training)
     folder = RunFolder(recipe)
     if evaluation := folder.finished_evaluation(recipe):
-        _say(console or Console(), f"{folder.path} is finished and left as it is: --name NAME starts another run")
-        return RunResult(folder.path, evaluation)
+        return _leave_alone(folder, evaluation, console or run_console())
     with stop_signals() as signals, process_settings(training):
         try:
             return _train_and_evaluate(recipe, folder, signals, console)
@@ -73,12 +72,17 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
             raise Stopped(stopped.signum, folder.checkpoints.how_to_go_on()) from None
 
 
+def _leave_alone(folder: RunFolder, evaluation: dict[str, Any], console: Console) -> RunResult:
+    _say(console, f"{folder.path} is finished and left as it is: --name NAME starts another run")
+    return RunResult(folder.path, evaluation)
+
+
 def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals, console: Console | None) -> RunResult:
     training = recipe.training
     arguments = training_arguments(recipe)
     backend = resolve_backend(recipe.model["backend"], arguments.device.type)  # before anything is written
     is_main = arguments.process_index == 0
-    console = (console or Console()) if is_main else Console(quiet=True)
+    console = (console or run_console()) if is_main else Console(quiet=True)
     with arguments.main_process_first():
         corpus = prepare(recipe.data, seed=training.seed)
     if isinstance(corpus.train, PackedStream) and training.max_steps == -1:
@@ -90,16 +94,18 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
     set_seed(training.seed)
     model = MoxEForCausalLM(config)
     with folder.locked() if is_main else nullcontext():
+        if evaluation := folder.finished_evaluation(recipe):  # by another process, while this one prepared
+            return _leave_alone(folder, evaluation, console)
         with arguments.main_process_first():
             checkpoint = (
-                folder.checkpoint_to_go_on_from(recipe, corpus.fingerprint, console)
+                folder.checkpoint_to_go_on_from(recipe, corpus.fingerprint, arguments.world_size, console)
                 if is_main
                 else folder.checkpoints.newest()[0]
             )
         if is_main:
             recipe.save(folder.recipe_path)
             _print_start(model, corpus, folder, checkpoint, console)
-            for change in folder.write_versions(str(arguments.device), backend):
+            for change in folder.write_versions(str(arguments.device), backend, goes_on=checkpoint is not None):
                 _say(console, f"note: {change}; the weights will not be bit for bit those of a run without the change")
         metrics = MetricsFile(folder.metrics_path, checkpoint and checkpoint.path / METRICS) if is_main else None
         trainer = MoxETrainer(
@@ -116,7 +122,7 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
             data_collator=default_data_collator,
             processing_class=tokenizer,
         )
-        seconds = _train(trainer, checkpoint, console)
+        _train(trainer, checkpoint, console)
         if not is_main:
             return RunResult(folder.path, None)
 
@@ -127,11 +133,11 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
             "training": {
                 "steps": trainer.state.global_step,
                 "tokens": trainer.state.num_input_tokens_seen,
-                "seconds": seconds,
+                "seconds": trainer.seconds(),
             },
             **_evaluate(trained, corpus, training, console),
         }
-        folder.write_json(folder.evaluation_path, evaluation)
+        write_json(folder.evaluation_path, evaluation)
     _print_report(evaluation, folder, plots, console)
     return RunResult(folder.path, evaluation)
 
@@ -175,8 +181,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _train(trainer: MoxETrainer, checkpoint: Checkpoint | None, console: Console) -> float:
-    """Takes the steps that are left; the seconds they took.
+def _train(trainer: MoxETrainer, checkpoint: Checkpoint | None, console: Console) -> None:
+    """Takes the steps that are left.
 
     Raises:
         Stopped: after the step, or in the validation, in which a signal came; it has been saved.
@@ -185,7 +191,6 @@ def _train(trainer: MoxETrainer, checkpoint: Checkpoint | None, console: Console
     progress = ConsoleProgress(console)
     trainer.add_callback(progress)
     total_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    start = time.perf_counter()
     try:
         with trainer.signals.deferred(), suppress(ValidationStopped):
             if checkpoint is None:
@@ -197,7 +202,6 @@ def _train(trainer: MoxETrainer, checkpoint: Checkpoint | None, console: Console
                 trainer.finish_from(checkpoint.path)
     finally:
         progress.stop()
-    return time.perf_counter() - start
 
 
 @contextmanager

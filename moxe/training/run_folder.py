@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import moxe
-from moxe.errors import UserError
-from moxe.manifest import write_manifest
+from moxe.errors import UserError, shown
+from moxe.files import UNFINISHED, write_whole
+from moxe.manifest import DamagedError, verify_manifest, write_manifest
 from moxe.recipe import Recipe, load_recipe
-from moxe.training.checkpoint import PROGRESS, RECIPE, Checkpoint, Checkpoints, read_json
+from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, WEIGHTS, Checkpoint, Checkpoints, read_json
 
-# Settings that a run may go on with although it was started with others: they decide what is kept, shown and how fast
-# it goes. The last two round differently; all others leave the weights as they would have been.
+# Settings that a run may go on with although it was started with others: they decide what is kept, shown, how fast it
+# goes, and what becomes of a step that would have ended it. `num_threads` and `backend` round differently; the others
+# leave the weights as they would have been.
 _MAY_CHANGE = {
     "data": {"cache_dir", "num_workers"},
     "training": {
@@ -39,7 +41,8 @@ _MAY_CHANGE = {
         "eval_steps",
         "save_steps",
         "save_total_limit",
-        "save_best",
+        "on_nonfinite",
+        "max_skips_in_a_row",
         "report_to",
         "sample_prompt",
         "sample_tokens",
@@ -49,7 +52,7 @@ _MAY_CHANGE = {
 }
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 # What changes the rounding of a step, by its name in versions.json.
-_DECIDES_BITS = ("torch", "moxe", "cpu", "device", "threads", "backend")
+_DECIDES_BITS = ("moxe", *_PACKAGES, "cpu", "device", "threads", "backend")
 
 
 class RunFolder:
@@ -58,8 +61,8 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         self.path = recipe.run_dir
         self.checkpoints = Checkpoints(self.path)
-        self.recipe_path = self.path / "recipe.yaml"
-        self.metrics_path = self.path / "metrics.jsonl"
+        self.recipe_path = self.path / RECIPE
+        self.metrics_path = self.path / METRICS
         self.evaluation_path = self.path / "evaluation.json"
         self.versions_path = self.path / "versions.json"
         self.plots_path = self.path / "plots"
@@ -70,9 +73,14 @@ class RunFolder:
         Raises:
             UserError: if the folder holds a run, finished or not, that was started with other settings.
         """
-        evaluation = _read_json(self.evaluation_path)
-        if self.recipe_path.exists() and (evaluation or self.checkpoints.all()):
+        evaluation = _read_json(self.evaluation_path) if (self.path / WEIGHTS).exists() else None
+        saved = self.checkpoints.all()
+        if evaluation is not None:
             self._refuse_other_run(recipe, self.recipe_path)
+        elif saved:
+            with suppress(DamagedError):  # which is said, and an earlier one taken, when the run goes on
+                verify_manifest(saved[0].path, [RECIPE], required=[RECIPE])
+                self._refuse_other_run(recipe, saved[0].path / RECIPE)
         return evaluation
 
     @contextmanager
@@ -97,13 +105,16 @@ class RunFolder:
         finally:
             lock.release()
 
-    def checkpoint_to_go_on_from(self, recipe: Recipe, data_fingerprint: str, console: Console) -> Checkpoint | None:
+    def checkpoint_to_go_on_from(
+        self, recipe: Recipe, data_fingerprint: str, processes: int, console: Console
+    ) -> Checkpoint | None:
         """The newest undamaged checkpoint; None: the run starts at step 0.
 
         Says which later ones are damaged and how, and sets them aside; removes what was left half-written.
 
         Raises:
-            UserError: if no checkpoint is undamaged, or the one that is belongs to a run with other settings or data.
+            UserError: if no checkpoint is undamaged, or the one that is belongs to a run with other settings, data or
+                processes.
         """
         newest, damage = self.checkpoints.newest()
         for error in damage:
@@ -112,7 +123,7 @@ class RunFolder:
             console.print(warning, markup=False, highlight=False, soft_wrap=True)
         if newest is not None:
             self._refuse_other_run(recipe, newest.path / RECIPE)
-            self._refuse_other_data(newest, data_fingerprint)
+            self._refuse_other_rows(newest, data_fingerprint, processes)
             self.checkpoints.set_aside(later_than=newest)
         self.checkpoints.remove_unfinished()
         return newest
@@ -127,22 +138,24 @@ class RunFolder:
                         f"{settings[key]!r}: give another --name, or the same settings"
                     )
 
-    def _refuse_other_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        data = read_json(checkpoint.path / PROGRESS).get("data")
+    def _refuse_other_rows(self, checkpoint: Checkpoint, fingerprint: str, processes: int) -> None:
+        progress = read_json(checkpoint.path / PROGRESS)
+        data = progress.get("data")
+        before = progress.get("processes")
+        if before != processes:
+            raise UserError(
+                f"the run in {self.path} was started with {shown(before)} processes and goes on with as many alone, "
+                f"not {processes}: give another --name"
+            )
         if not isinstance(data, dict) or data.get("fingerprint") != fingerprint:
             raise UserError(
                 f"the data (or the tokenizer) have changed since the run in {self.path} was started: put back what was "
                 "there, or give another --name"
             )
 
-    def write_json(self, path: Path, content: dict[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-
     def write_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """model.safetensors, config.json, generation_config.json, tokenizer.json and tokenizer_config.json."""
-        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=self.path))
+        temporary = Path(tempfile.mkdtemp(prefix=".model-", suffix=UNFINISHED, dir=self.path))
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -151,15 +164,16 @@ class RunFolder:
                 os.replace(temporary / name, self.path / name)
             write_manifest(self.path, names)
         finally:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
 
-    def write_versions(self, device: str, backend: str) -> list[str]:
-        """versions.json: what the run is made with, and on what machine.
+    def write_versions(self, device: str, backend: str, *, goes_on: bool) -> list[str]:
+        """versions.json: what the run is made with, and on what machine; for a run that goes on also what it was
+        started with.
 
         Returns:
-            What is not as it was when the run was last started, of all that changes how a step is rounded.
+            What is not as it was at the start, of all that changes how a step is rounded or what it sees.
         """
-        before = _read_json(self.versions_path) or {}
+        before = (_read_json(self.versions_path) or {}) if goes_on else {}
         versions = {
             "python": platform.python_version(),
             "moxe": moxe.__version__,
@@ -172,9 +186,16 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             "backend": backend,
         }
-        self.write_json(self.versions_path, versions)
-        changed = [name for name in _DECIDES_BITS if before.get(name, versions[name]) != versions[name]]
-        return [f"{name} {before[name]} is now {versions[name]}" for name in changed]
+        started = before.get("started_with", before)
+        started = {name: started.get(name, versions[name]) for name in _DECIDES_BITS}
+        write_json(self.versions_path, {**versions, "started_with": started} if goes_on else versions)
+        changed = [name for name in _DECIDES_BITS if started[name] != versions[name]]
+        return [f"{name} {started[name]} is now {versions[name]}" for name in changed]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object for people to read."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

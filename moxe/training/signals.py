@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -31,7 +31,8 @@ class StopSignals:
         if self._is_deferred and self.received is None:
             self.received = signum
             note = "finishing this step and saving; a second signal stops at once"
-            os.write(2, f"\nmoxe: {signal.Signals(signum).name}: {note}\n".encode())
+            with suppress(OSError):  # the terminal that was closed
+                os.write(2, f"\nmoxe: {signal.Signals(signum).name}: {note}\n".encode())
             return
         raise Stopped(signum)
 

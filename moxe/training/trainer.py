@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from moxe.observability.metrics import LOSS_TERMS, MetricsFile
 from moxe.observability.routing import RoutingMeter, RoutingStatistics
 from moxe.observability.watch import RoutingWatch
 from moxe.training.callbacks import LastStep, Throughput
-from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, Checkpoints, read_json
+from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, WEIGHTS, Checkpoints, read_json
 from moxe.training.config import TrainingConfig
 from moxe.training.diagnosis import diagnose
 from moxe.training.gradients import gradient_norms, part_norms, total_norm
@@ -103,6 +104,7 @@ class MoxETrainer(Trainer):
         self.checkpoints = checkpoints
         self.signals = signals or StopSignals()
         self._saved_step: int | None = None
+        self._seconds_before, self._start = 0.0, time.perf_counter()
         self._steps_an_epoch = 0
         self._validation_is_due = False
         self.data_fingerprint = data_fingerprint
@@ -206,9 +208,9 @@ class MoxETrainer(Trainer):
                 self._write({"step": step, "tokens": self.state.num_input_tokens_seen, **means, "gradient_norm": norm})
                 try_skip = self.training.on_nonfinite == "stop" and not diagnosis.is_in_weights
                 raise UserError(
-                    f"training stopped before the update of step {step}: {diagnosis.finding} ({verdict.reason}); try a "
-                    f"training.learning_rate below {self.training.learning_rate:g}"
-                    + (", or training.on_nonfinite skip" if try_skip else "")
+                    f"training stopped before the update of step {step}: {diagnosis.finding} ({verdict.reason}); try "
+                    + ("training.on_nonfinite skip, or " if try_skip else "")
+                    + f"another --name with a training.learning_rate below {self.training.learning_rate:g}"
                 )
             self.say(f"step {step} skipped: {diagnosis.finding} ({verdict.reason})")
         elif verdict.cause == "spike":
@@ -342,8 +344,12 @@ class MoxETrainer(Trainer):
     # Stopping
 
     def _is_stop_asked_for(self) -> bool:
-        """Whether a signal has reached any process; the processes find out at the same place."""
-        return bool(self._reduce(torch.tensor(int(self.signals.received is not None))))
+        """Whether a signal has reached any process; all processes find out, and stop, at the same place."""
+        if self.accelerator.num_processes > 1:
+            received = self.accelerator.gather(torch.tensor([self.signals.received or 0], device=self.args.device))
+            assert isinstance(received, Tensor)
+            self.signals.received = int(received.max()) or None
+        return self.signals.received is not None
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kwargs: Any):
         """As the Trainer's; when a signal has asked for it, save and stop."""
@@ -378,21 +384,28 @@ class MoxETrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if is_main:
                 self.checkpoints.finish(step)
-                best_step = self.state.best_global_step if self.training.save_best else None
-                self.checkpoints.prune(self.training.save_total_limit, best_step)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_of_writing(error):
                 raise
-            self.checkpoints.discard_unfinished(step)
+            if is_main:
+                self.checkpoints.discard_unfinished(step)
             raise UserError(self._why_not_saved(step, error)) from error
         self.accelerator.wait_for_everyone()
         self._saved_step = step
+        if is_main:
+            self._prune()
+
+    def _prune(self) -> None:
+        assert self.checkpoints is not None
+        try:
+            best_step = self.state.best_global_step if self.training.save_best else None
+            self.checkpoints.prune(self.training.save_total_limit, best_step)
+        except OSError as error:
+            self.say(f"warning: an old checkpoint cannot be removed: {error}")
 
     def _why_not_saved(self, step: int, error: Exception) -> str:
         assert self.checkpoints is not None
-        reason = (
-            str(error).splitlines()[0] if isinstance(error, OSError | SafetensorError) else "no more can be written"
-        )
+        reason = str(error) if isinstance(error, OSError | SafetensorError) else "no more can be written"
         how_to_go_on = self.checkpoints.how_to_go_on()
         return f"the checkpoint of step {step} cannot be written to {self.checkpoints.run}: {reason}; {how_to_go_on}"
 
@@ -416,6 +429,8 @@ class MoxETrainer(Trainer):
         """What the Trainer's own state leaves out, over all processes; every float comes back from JSON as it was."""
         routing = self.interval_routing.sums
         return {
+            "processes": self.args.world_size,
+            "seconds": self.seconds(),
             "validation_is_due": self._validation_is_due,
             "guard": self.guard.state_dict(),
             "routing_watch": self.routing_watch.state_dict(),
@@ -423,6 +438,10 @@ class MoxETrainer(Trainer):
             "interval_losses": self._reduce(self.interval_losses.sums).tolist(),
             "interval_routing": None if routing is None else self._reduce(routing).tolist(),
         }
+
+    def seconds(self) -> float:
+        """Of training, validation and saving, those before a stop included; not the steps that a kill undid."""
+        return self._seconds_before + time.perf_counter() - self._start
 
     def _place_in_data(self) -> dict[str, Any]:
         """Where the next row is: the Trainer finds it again by the number of steps, a stream by its own place."""
@@ -438,6 +457,7 @@ class MoxETrainer(Trainer):
         if isinstance(self.train_dataset, PackedStream):
             place = {key: value for key, value in progress["data"].items() if key != "fingerprint"}
             self.train_dataset.resume(place)
+        self._seconds_before, self._start = progress["seconds"], time.perf_counter()
         self._validation_is_due = progress["validation_is_due"]
         self.guard.load_state_dict(progress["guard"])
         self.routing_watch.load_state_dict(progress["routing_watch"])
@@ -461,10 +481,10 @@ class MoxETrainer(Trainer):
     ) -> tuple[int, int]:
         self._steps_an_epoch = num_update_steps_per_epoch
         resume_from_checkpoint = args[1]
-        with readable(resume_from_checkpoint):
-            trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-            self.state.compute_steps(self.args, max_steps)  # the intervals of this command, not of the one before
-            if resume_from_checkpoint is not None:
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # the intervals of this command, not of the one before
+        if resume_from_checkpoint is not None:
+            with readable(resume_from_checkpoint):
                 self._load_progress(Path(resume_from_checkpoint))
         self.args.eval_on_start, self._validation_is_due = self._validation_is_due, False
         return trained
@@ -474,7 +494,10 @@ class MoxETrainer(Trainer):
         loaded = model or self.model
         assert loaded is not None
         with readable(resume_from_checkpoint):
-            load_model(loaded, Path(resume_from_checkpoint) / "model.safetensors", strict=True)
+            load_model(loaded, Path(resume_from_checkpoint) / WEIGHTS, strict=True)
+            TrainerState.load_from_json(
+                str(Path(resume_from_checkpoint) / TRAINER_STATE)
+            )  # which the Trainer reads next
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(checkpoint):
@@ -495,7 +518,7 @@ def readable(checkpoint: str | Path | None) -> Iterator[None]:
     """Says in one sentence what is wrong with a checkpoint whose files are whole, but not what moxe writes."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except UnpicklingError:
         raise UserError(

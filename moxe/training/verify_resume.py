@@ -12,7 +12,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def verify_resume(
         say: is given a line at each stage.
 
     Raises:
-        UserError: if the folder is not empty, or a run fails by itself.
+        UserError: if the folder is not empty, there is nothing to go on from or to kill, or a run fails by itself.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give a new folder")
@@ -83,8 +84,13 @@ def verify_resume(
     recipe.save(folder / "recipe.yaml")
     undisturbed, killed = folder / "undisturbed", folder / "killed"
     say("training once without a kill")
-    seconds_a_save = _seconds_a_save(_start(undisturbed), undisturbed)
+    seconds_a_save = _seconds_a_save(undisturbed)
     steps = _last_step(undisturbed)
+    if not 0 < recipe.training.save_steps < steps:
+        raise UserError(
+            f"training.save_steps={recipe.training.save_steps} gives no checkpoint before the end, step {steps}: there "
+            f"would be nothing to go on from; set it to 1 to {steps - 1}"
+        )
     say(f"{steps} steps; training again, to be killed {kills} times")
     generator = random.Random(seed)
     targets = sorted(generator.randrange(steps) for _ in range(kills))
@@ -92,38 +98,48 @@ def verify_resume(
     for number, target in enumerate(targets):
         kill = _kill_after(killed, target, number % 2 == 1, generator.uniform(0, seconds_a_save))
         if kill is None:
-            break
+            raise UserError(f"the run ended before kill {number + 1} of {kills}: ask for fewer kills or more steps")
         done.append(kill)
         say(f"kill {len(done)}: after step {kill.step}" + (", while saving" if kill.while_saving else ""))
-    else:
-        _finish(_start(killed))
+    with _started(killed) as process:
+        process.wait()
     return Verification(done, _hashes(undisturbed), _hashes(killed))
 
 
-def _start(run: Path) -> subprocess.Popen[str]:
-    """`moxe train` of the run; it says nothing unless it fails."""
+@contextmanager
+def _started(run: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`moxe train` of the run, ended with this block in any case; what it says is in `<run>.log`.
+
+    Raises:
+        UserError: if it fails by itself.
+    """
     settings = ["--training.output_dir", str(run.parent), "--name", run.name]
     command = [sys.executable, "-m", "moxe", "train", str(run.parent / "recipe.yaml"), *settings]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log_path = run.with_suffix(".log")
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        is_killed = process.poll() is None
+        process.kill()
+        process.wait()
+    if not is_killed and process.returncode != 0:
+        last_words = log_path.read_text(encoding="utf-8", errors="replace").strip()[-500:]
+        raise UserError(f"a run failed with exit code {process.returncode}: {last_words}")
 
 
-def _finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise UserError(f"a run failed with exit code {process.returncode}: {errors.strip()[-500:]}")
-
-
-def _seconds_a_save(process: subprocess.Popen[str], run: Path) -> float:
-    """Wait for the end of a run; how long each of its checkpoints was being written, on average."""
+def _seconds_a_save(run: Path) -> float:
+    """Train a run to its end; how long each of its checkpoints was being written, on average."""
     began, seconds = None, []
-    while process.poll() is None:
-        if began is None and _is_saving(run):
-            began = time.perf_counter()
-        elif began is not None and not _is_saving(run):
-            seconds.append(time.perf_counter() - began)
-            began = None
-        time.sleep(_POLL_SECONDS)
-    _finish(process)
+    with _started(run) as process:
+        while process.poll() is None:
+            if began is None and _is_saving(run):
+                began = time.perf_counter()
+            elif began is not None and not _is_saving(run):
+                seconds.append(time.perf_counter() - began)
+                began = None
+            time.sleep(_POLL_SECONDS)
     return sum(seconds) / max(1, len(seconds))
 
 
@@ -135,23 +151,19 @@ def _kill_after(run: Path, step: int, while_saving: bool, delay: float) -> Kill 
     """
     metrics = run / "metrics.jsonl"
     of_the_last_start = metrics.stat().st_ino if metrics.exists() else None
-    process = _start(run)
+    with _started(run) as process:
 
-    def wait_until(holds: Callable[[], bool]) -> None:
-        while process.poll() is None and not holds():
-            time.sleep(_POLL_SECONDS)
+        def wait_until(holds: Callable[[], bool]) -> None:
+            while process.poll() is None and not holds():
+                time.sleep(_POLL_SECONDS)
 
-    wait_until(lambda: metrics.exists() and metrics.stat().st_ino != of_the_last_start)
-    wait_until(lambda: _last_step(run) >= step)
-    if while_saving:
-        wait_until(lambda: _is_saving(run))
-    time.sleep(delay)
-    if process.poll() is not None:
-        _finish(process)
-        return None
-    process.kill()
-    process.communicate()
-    return Kill(_last_step(run), _is_saving(run))
+        wait_until(lambda: metrics.exists() and metrics.stat().st_ino != of_the_last_start)
+        wait_until(lambda: _last_step(run) >= step)
+        if while_saving:
+            wait_until(lambda: _is_saving(run))
+        time.sleep(delay)
+        ended = process.poll() is not None
+    return None if ended else Kill(_last_step(run), _is_saving(run))
 
 
 def _is_saving(run: Path) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moxe.observability.metrics import read_metrics
 from moxe.recipe import Recipe, load_recipe
+from moxe.training.checkpoint import Checkpoints
 from moxe.training.run import RunResult
 from tests.training.tiny import TINY
 
@@ -85,6 +86,10 @@ def timeless_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """The same weights, bit for bit, and the same lines of metrics.jsonl."""
+    """The same weights, optimiser, schedule and random numbers, bit for bit, and the same lines of metrics.jsonl."""
     assert timeless_metrics(run) == timeless_metrics(expected)
     assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    last, last_expected = Checkpoints(run).all()[0], Checkpoints(expected).all()[0]
+    assert last.step == last_expected.step
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert (last.path / name).read_bytes() == (last_expected.path / name).read_bytes(), name

@@ -63,7 +63,9 @@ def changed(path: Path, content: bytes | None) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished run with its two checkpoints, to be damaged and mended."""
-    return Path(shutil.copytree(finished.result.path, tmp_path_factory.mktemp("damaged") / "run"))
+    copy = Path(shutil.copytree(finished.result.path, tmp_path_factory.mktemp("damaged") / "run"))
+    shutil.copyfile(copy / "checkpoint-4" / "manifest.json", copy / "manifest-of-4.json")
+    return copy
 
 
 def test_these_are_the_files_of_a_checkpoint(run: Path):
@@ -94,12 +96,11 @@ def test_a_flipped_bit_is_found(run: Path, name: str, place: float, bit: int):
 
 def is_same_manifest(path: Path, run: Path) -> bool:
     """Whether a flipped bit only exchanged white space."""
-    original = json.loads((run / "checkpoint-2" / "manifest.json").read_bytes())
     try:
-        content = json.loads(path.read_bytes())
-        return content.keys() == original.keys() and Checkpoints(run).newest()[0] == Checkpoint(path.parent, 4)
+        same = json.loads(path.read_bytes()) == json.loads((run / "manifest-of-4.json").read_bytes())
     except ValueError:
         return False
+    return same and Checkpoints(run).newest()[0] == Checkpoint(path.parent, 4)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -196,6 +197,40 @@ def test_wherever_a_save_is_killed_a_whole_checkpoint_is_left(tmp_path: Path):
     assert outcomes == sorted(outcomes)
     assert outcomes.count(1) > len(FILES)
     assert outcomes.count(2) > len(FILES)
+
+
+def test_every_file_reaches_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    open_, fsync, replace = os.open, os.fsync, os.replace
+
+    def noting_open(path: Path, *args: int, **kwargs: int) -> int:
+        descriptor = open_(path, *args, **kwargs)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("fsync", names[descriptor]))
+
+    def noting_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("replace", Path(target).name))
+
+    monkeypatch.setattr(os, "open", noting_open)
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    save(tmp_path, 1)
+    named = done.index(("replace", "checkpoint-1"))
+    manifest = done.index(("replace", "manifest.json"))
+    for name in set(FILES) - {"manifest.json"}:
+        assert done.index(("fsync", name)) < manifest
+    assert done[manifest - 1][1].startswith(".manifest.json.")
+    assert done[manifest + 1] == ("fsync", ".checkpoint-1.unfinished")
+    assert manifest + 1 < named
+    assert done[named + 1] == ("fsync", tmp_path.name)
 
 
 # Not to be written

@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_stop_the_run_at_once_and_stay_as_they_are(
     before = deepcopy(trainer.model.state_dict())
     with pytest.raises(UserError, match=r"update of step 1: .*1 of the 2,048 numbers of lm_head.weight") as error:
         trainer.train()
-    assert str(error.value).endswith("try a training.learning_rate below 0.003")
+    assert str(error.value).endswith("try another --name with a training.learning_rate below 0.003")
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     (record,) = read_metrics(metrics.path)
@@ -111,7 +111,9 @@ def test_only_the_gradients_that_were_not_finite_are_named_whether_they_are_clip
     with pytest.raises(UserError, match=r"step 2: the loss is finite but its gradient is not: .*") as error:
         trainer.train()
     assert "first in model.norm.weight (final_norm) (gradient norm" in str(error.value)
-    assert str(error.value).endswith("try a training.learning_rate below 0.003, or training.on_nonfinite skip")
+    assert str(error.value).endswith(
+        "try training.on_nonfinite skip, or another --name with a training.learning_rate below 0.003"
+    )
 
 
 def test_the_forward_pass_is_looked_at_in_every_micro_batch(make_trainer):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,11 +28,13 @@ from rich.console import Console
 import moxe.training.run as run_module
 from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import Block, PackedStream
-from moxe.errors import Stopped, UserError
+from moxe.errors import PassingError, Stopped, UserError
+from moxe.manifest import write_manifest
 from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
-from moxe.training.checkpoint import Checkpoints
+from moxe.training.checkpoint import Checkpoint, Checkpoints
 from moxe.training.run import train
+from moxe.training.run_folder import RunFolder
 from moxe.training.signals import stop_signals
 from moxe.training.trainer import MoxETrainer
 from moxe.training.verify_resume import Kill, verify_resume
@@ -157,7 +164,7 @@ def test_an_interval_that_a_stop_cuts_in_two_is_logged_whole(make_recipe: MakeRe
     recipe = make_recipe(name="parts", **settings)
     for call in (2, 3):  # after step 2, then two steps later
         stop(recipe, lambda patch, call=call: before(MoxETrainer, "training_step", sender(15), patch, call=call))
-    assert [path.name for path in recipe.run_dir.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [5, 2]
     train(make_recipe(name="parts", **settings), quiet())
     assert_same_run(recipe.run_dir, whole)
 
@@ -306,10 +313,11 @@ def test_the_best_checkpoint_is_saved_and_kept(make_recipe: MakeRecipe, monkeypa
         return output
 
     monkeypatch.setattr(MoxETrainer, "evaluation_loop", with_loss)
-    recipe = make_recipe(eval_steps=1, save_steps=0, save_best=True)
+    settings = {"eval_steps": 1, "save_steps": 0, "save_best": True, "save_total_limit": 1}
+    recipe = make_recipe(**settings)
     stop(recipe, lambda patch: at_step(3, sender(signal.SIGTERM), patch))
     assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [3, 2]
-    train(make_recipe(eval_steps=1, save_steps=0, save_best=True), quiet())
+    train(make_recipe(**settings), quiet())
     assert [checkpoint.step for checkpoint in Checkpoints(recipe.run_dir).all()] == [4, 2]
 
 
@@ -323,14 +331,102 @@ def test_intervals_may_change_when_a_run_goes_on(finished: Finished, make_recipe
     assert (recipe.run_dir / final).read_bytes() == (finished.result.path / final).read_bytes()
 
 
-def test_another_machine_is_noted(make_recipe: MakeRecipe):
-    recipe = make_recipe()
+def test_another_machine_is_noted_each_time(make_recipe: MakeRecipe):
+    recipe = make_recipe(max_steps=6)
     stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))
     path = recipe.run_dir / "versions.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cpu": "Another"}))
+    stop(recipe, lambda patch: at_step(4, sender(signal.SIGTERM), patch))
+    output = io.StringIO()
+    train(make_recipe(max_steps=6), Console(file=output, width=100))
+    assert output.getvalue().count("note: ") == 1
+    assert "note: cpu Another is now" in output.getvalue()
+
+
+def test_another_number_of_processes_is_refused(copied: Path, make_recipe: MakeRecipe):
+    (copied / "evaluation.json").unlink()
+    path = copied / "checkpoint-4" / "progress.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    write_manifest(path.parent)
+    with pytest.raises(UserError, match="was started with 2 processes and goes on with as many alone, not 1"):
+        train(make_recipe(), quiet())
+
+
+def test_a_recipe_that_a_power_cut_emptied_is_taken_from_the_checkpoint(
+    finished: Finished, copied: Path, make_recipe: MakeRecipe
+):
+    (copied / "evaluation.json").unlink()
+    (copied / "recipe.yaml").write_text("")
+    train(make_recipe(), quiet())
+    assert_same_run(copied, finished.result.path)
+    assert (copied / "recipe.yaml").stat().st_size > 0
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(copied: Path, make_recipe: MakeRecipe):
+    finished_evaluation = RunFolder.finished_evaluation
+    asked = []
+
+    def finished_at_the_second_look(self: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+        asked.append(self)
+        return finished_evaluation(self, recipe) if len(asked) == 2 else None
+
+    before = {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.name != ".lock"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "finished_evaluation", finished_at_the_second_look)
+        train(make_recipe(), quiet())
+    assert {file: file.stat().st_mtime_ns for file in copied.rglob("*") if file.name != ".lock"} == before
+
+
+def test_a_run_whose_model_is_gone_is_not_finished(finished: Finished, copied: Path, make_recipe: MakeRecipe):
+    (copied / "model.safetensors").unlink()
+    train(make_recipe(), quiet())
+    assert_same_run(copied, finished.result.path)
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_set_aside(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fail)
+        with pytest.raises(PassingError, match="Too many open files"):
+            Checkpoints(copied).newest()
+    assert Checkpoints(copied).newest()[0] == Checkpoint(copied / "checkpoint-4", 4)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Checkpoints, "prune", fail)
     output = io.StringIO()
     train(make_recipe(), Console(file=output, width=100))
-    assert "note: cpu Another is now" in output.getvalue()
+    assert "warning: an old checkpoint cannot be removed" in output.getvalue()
+
+
+def test_the_seconds_of_training_are_those_of_all_parts(make_recipe: MakeRecipe):
+    recipe = make_recipe()
+    stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))
+    (path,) = recipe.run_dir.glob("checkpoint-*/progress.json")
+    progress = json.loads(path.read_text())
+    assert 0 < progress["seconds"] < 100
+    path.write_text(json.dumps({**progress, "seconds": 1000.0}))
+    write_manifest(path.parent)
+    evaluation = train(make_recipe(), quiet()).evaluation
+    assert evaluation is not None
+    assert 1000 < evaluation["training"]["seconds"] < 1100
+
+
+def test_what_a_kill_left_half_written_is_removed(copied: Path, make_recipe: MakeRecipe):
+    (copied / "evaluation.json").unlink()
+    (copied / ".checkpoint-5.unfinished").mkdir()
+    (copied / ".checkpoint-1.removed").mkdir()
+    for name in (".model-abc.unfinished", ".recipe.yaml.123.unfinished", ".metrics.jsonl.123.unfinished"):
+        (copied / name).write_text("")
+    train(make_recipe(), quiet())
+    assert {path.name for path in copied.iterdir() if path.name.startswith(".")} == {".lock"}
 
 
 def test_signals_mean_afterwards_what_they_meant_before(make_recipe: MakeRecipe):
@@ -349,6 +445,58 @@ def test_a_signal_that_is_ignored_stays_ignored():
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in lines_so_far(run)):
+        assert process.poll() is None, "the run ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def lines_so_far(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+
+
+def start_command(recipe: Recipe, tmp_path: Path, **streams: Any) -> subprocess.Popen[bytes]:
+    recipe.save(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "moxe", "train", str(tmp_path / "recipe.yaml")]
+    return subprocess.Popen(command, **streams)
+
+
+def test_a_terminal_that_is_closed_does_not_lose_the_run(make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = make_recipe(max_steps=100_000, eval_steps=0, save_steps=0)
+    terminal, inside = pty.openpty()
+    process = start_command(
+        recipe,
+        tmp_path,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    wait_for_step(recipe.run_dir, 3, process)
+    os.close(terminal)  # the kernel sends SIGHUP, and every write fails from now on
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert Checkpoints(recipe.run_dir).newest()[0] is not None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_readers_that_are_gone_do_not_lose_the_run(make_recipe: MakeRecipe, tmp_path: Path, signum: int):
+    recipe = make_recipe(max_steps=100_000, eval_steps=0, save_steps=0)
+    process = start_command(recipe, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    wait_for_step(recipe.run_dir, 3, process)
+    process.stdout.close()
+    process.stderr.close()
+    wait_for_step(recipe.run_dir, 6, process)
+    process.send_signal(signum)
+    assert process.wait(timeout=60) == 128 + signum
+    assert Checkpoints(recipe.run_dir).newest()[0] is not None
 
 
 def kill_and_compare(recipe: Recipe, folder: Path, kills: int) -> list[Kill]:
@@ -384,8 +532,7 @@ def test_two_processes_that_are_stopped_between_two_log_lines_go_on_exactly(make
 
     assert start("whole").wait() == 0
     stopped = start("parts")
-    while not any(line["step"] == 5 for line in lines_so_far(tmp_path / "parts")):
-        time.sleep(0.002)
+    wait_for_step(tmp_path / "parts", 5, stopped)
     stopped.terminate()
     assert stopped.wait() != 0
     (saved,) = Checkpoints(tmp_path / "parts").all()
@@ -401,5 +548,16 @@ def test_two_processes_that_are_stopped_between_two_log_lines_go_on_exactly(make
     assert (tmp_path / "parts" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
 
 
-def lines_so_far(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_and_saves_both(make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = make_recipe(max_steps=100_000, eval_steps=0, save_steps=0, sample_tokens=0)
+    recipe.save(tmp_path / "recipe.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "moxe", "train"]
+    process = subprocess.Popen([*launcher, str(tmp_path / "recipe.yaml")])
+    wait_for_step(recipe.run_dir, 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(max(map(int, children)), signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert Checkpoints(recipe.run_dir).newest()[0] is not None
+    assert not (recipe.run_dir / "model.safetensors").exists()
+    assert not (recipe.run_dir / "evaluation.json").exists()

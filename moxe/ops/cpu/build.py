@@ -59,8 +59,10 @@ def require() -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: the environment variable MOXE_CACHE, or ~/.cache/moxe."""
-    return Path(os.environ.get("MOXE_CACHE", "~/.cache/moxe")).expanduser()
+    """Where compiled libraries are kept, a folder for each user in that of the environment variable MOXE_CACHE, or in
+    ~/.cache/moxe, which users may share."""
+    shared = Path(os.environ.get("MOXE_CACHE", "~/.cache/moxe")).expanduser()
+    return shared / (f"ops-{os.geteuid()}" if os.name == "posix" else "ops")
 
 
 def sources() -> list[Path]:
@@ -75,7 +77,8 @@ def _load() -> None:
     try:
         library = cache_folder() / f"moxe-ops-{_fingerprint(compiler)}.so"
         if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.mkdir(mode=0o700, exist_ok=True)
             _require_private(library.parent)
             _compile_once(compiler, library)
         for path in (library.parent, library):
@@ -94,9 +97,7 @@ def _require_private(path: Path) -> None:
     about = path.stat()
     if about.st_uid not in (os.geteuid(), 0):
         raise CompilationError(f"backend 'cpu': {path} belongs to another user: name your own folder in MOXE_CACHE")
-    # A group of its own is what many systems give each user, with the right to write.
-    others = stat.S_IWOTH if about.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
-    if about.st_mode & others:
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CompilationError(f"backend 'cpu': others may write {path}: take that right away, with chmod go-w")
 
 
@@ -149,6 +150,7 @@ def _compile(compiler: str, library: Path) -> None:
         where = [flag for path in torch_libraries for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
         libraries = ["-ltorch_cpu", "-lc10", *(own_threads or _THREADS)]
         _run([compiler, "-shared", *objects, *where, *libraries, "-o", unfinished])
+        os.chmod(unfinished, 0o700)  # a umask may let the group write
         os.replace(unfinished, library)
 
 

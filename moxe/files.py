@@ -1,0 +1,29 @@
+"""Files that are whole or not there, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# What a process that was killed leaves behind ends so.
+UNFINISHED = ".unfinished"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place, hand it to the disk and move it there; text is UTF-8."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Hand what was written to a file, or the names in a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -20,6 +20,9 @@ Tokens = npt.NDArray[np.unsignedinteger]
 # Token ids of documents end to end [tokens], and the number of tokens of each [documents].
 Encoded = tuple[Tokens, npt.NDArray[np.int64]]
 
+# What a worker writes before its first answer, on a line of its own: what comes before it is not the worker's.
+READY = b"moxe encodes\n"
+
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """The smallest type that holds every id of the vocabulary."""
@@ -31,6 +34,12 @@ def document_hash(text: str) -> int:
     have the same; a text without letters counts as it is."""
     letters = re.sub(r"[\W\d_]+", "", text).casefold() or text
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "big")
+
+
+def is_failure_of_a_library(error: BaseException) -> bool:
+    """Whether a library failed at what it was given. A Rust library that panics raises no Exception, and its class has
+    no public name."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @dataclass(frozen=True)
@@ -84,21 +93,28 @@ class Encoder:
 def _serve() -> None:
     """Answers pickled batches on the standard input with pickled results on the standard output, until it closes.
 
-    The first message is an `Encoding` as a dictionary. What ends the process that started this one closes the pipes,
+    A result is `Encoded`, or an exception that says why there is none. READY comes before the first. The first message
+    is an `Encoding` as a dictionary. What ends the process that started this one closes the pipes,
     so this one ends too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; ours decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    source, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # nothing else may get between the answers
+    source, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing else may get between the answers, whatever it is that prints
     try:
+        answers.write(b"\n" + READY)
+        answers.flush()
         encoder = Encoder(Encoding(**pickle.load(source)))
         while True:
             texts = pickle.load(source)
             try:
-                answer: Encoded | str = encoder(texts)
-            except Exception as error:
-                answer = str(error) or type(error).__name__
+                answer: Encoded | Exception = encoder(texts)
+            except MemoryError:
+                answer = MemoryError()
+            except BaseException as error:
+                if not is_failure_of_a_library(error):
+                    raise
+                answer = ValueError(str(error) or type(error).__name__)  # its own class may not be known elsewhere
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # closed, perhaps in the middle of a message

@@ -1,8 +1,10 @@
 """Data sets of the Hugging Face hub, streamed; a hub that does not answer is asked again."""
 
+import errno
 import http.client
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import sleep
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from moxe.data.console import say
+from moxe.data.console import reason, say
 from moxe.errors import PassingError, UserError
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 # Before each further try; what `datasets` and huggingface_hub try by themselves comes before.
 WAITS = (1, 2, 4, 8, 16)
+# The first time that a name is asked for: it may be a mistyped path, of which the hub knows nothing.
+FIRST_WAITS = WAITS[:1]
 
 # What the libraries below `datasets` raise where a connection fails, by the package that defines it. By name, since
 # which of them are installed depends on versions.
@@ -30,7 +34,9 @@ TRANSPORT_ERRORS = {
     "urllib3": {"TimeoutError", "ProtocolError", "NewConnectionError", "MaxRetryError"},
     "aiohttp": {"ClientConnectionError", "ClientPayloadError"},
 }
-TOO_MANY_REQUESTS = 429
+NETWORK_ERRNOS = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN}
+# HTTP 408 (the request came too slowly) and 429 (too many of them); the others below 500 are refusals.
+BUSY_STATUSES = {408, 429}
 # What huggingface_hub and `datasets` raise where the environment forbids to ask; a ConnectionError to Python.
 OFFLINE = "OfflineModeIsEnabled"
 
@@ -44,9 +50,10 @@ def hub_revision(name: str, subset: str | None) -> str | None:
     """The revision of a data set that the hub gives now.
 
     Raises:
-        UserError: if the hub has no such data set or subset, or cannot be reached.
+        UserError: if the hub has no such data set or subset.
+        PassingError: if the hub does not answer.
     """
-    return _Patience(name).ask(partial(_open_builder, name, subset)).hash
+    return _Patience(name, is_known=False).ask(partial(_open_builder, name, subset, None)).hash
 
 
 def hub_documents(
@@ -55,6 +62,7 @@ def hub_documents(
     split: str,
     text_field: str,
     *,
+    revision: str | None = None,
     shuffle_seed: Sequence[int] | None = None,
     place: HubPlace | None = None,
 ) -> Iterator[tuple[str, HubPlace]]:
@@ -63,6 +71,8 @@ def hub_documents(
     Args:
         name, subset, split: of the data set.
         text_field: the column that holds the text.
+        revision: of the data set, which `hub_revision` gave; None: the one that the hub gives now. Either way it is
+            the same to the end, since a place in one revision means nothing in another.
         shuffle_seed: of the order of its files, of which a few are read in turns; None: as they are.
         place: where to go on; None: the beginning. What is before it is not given again, though the files that were
             being read there are read up to it.
@@ -70,15 +80,17 @@ def hub_documents(
     Raises:
         UserError: at once, if there is no such data set, subset or split; later, if a row has no text in `text_field`
             or there is no text at all.
-        PassingError: if the hub does not answer, however often it is asked.
+        PassingError: if the hub does not answer, however often it is asked, or fails after it has given rows.
     """
     place = place or {"stream": None, "rows": 0}
-    patience = _Patience(name)
+    if revision is None:
+        revision = hub_revision(name, subset)
+    patience = _Patience(name, rows=place["rows"])
 
     def open_at(state: dict[str, Any] | None) -> "IterableDataset":
         from datasets import IterableDataset
 
-        stream = _open_builder(name, subset).as_streaming_dataset(split=split)
+        stream = _open_builder(name, subset, revision).as_streaming_dataset(split=split)
         assert isinstance(stream, IterableDataset)  # a dictionary of them comes only without a split
         if shuffle_seed is not None:
             # Nothing but the order of the files: the contents of a larger buffer would not be part of the place.
@@ -95,6 +107,7 @@ def hub_documents(
             try:
                 row = next(rows)
                 place = {"stream": stream.state_dict(), "rows": place["rows"] + 1}
+                patience.rows = place["rows"]
             except StopIteration:
                 break
             except Exception as error:
@@ -130,15 +143,15 @@ def checked_text(value: object, where: str) -> str:
 
 def is_passing(error: BaseException | None) -> bool:
     """Whether another try may succeed: the error, or one that it comes from, is of the connection or of a server that
-    is busy; and none says that the hub refuses or that it must not be asked."""
+    is busy; and none says that the hub refuses, that it must not be asked or that it cannot be trusted."""
     passing = False
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         status = _status(error)
-        if type(error).__name__ == OFFLINE:
+        if type(error).__name__ == OFFLINE or isinstance(error, ssl.SSLCertVerificationError):
             return False
-        if status is not None and status < 500 and status != TOO_MANY_REQUESTS:
+        if status is not None and status < 500 and status not in BUSY_STATUSES:
             return False
         passing = passing or status is not None or _is_of_the_connection(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -154,16 +167,27 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_of_the_connection(error: BaseException) -> bool:
-    if isinstance(error, TimeoutError | ConnectionError | socket.gaierror | http.client.HTTPException):
+    if isinstance(error, TimeoutError | ConnectionError | socket.gaierror | ssl.SSLError | http.client.HTTPException):
+        return True
+    if isinstance(error, OSError) and error.errno in NETWORK_ERRNOS:
         return True
     return any(kind.__name__ in TRANSPORT_ERRORS.get(kind.__module__.split(".")[0], ()) for kind in type(error).__mro__)
 
 
 class _Patience:
-    """How often the hub failed to answer in a row."""
+    """How often the hub failed to answer in a row.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the data set.
+        is_known: whether the hub gave it before; if not, the name may be a mistyped path.
+        rows: that the hub has given.
+    """
+
+    def __init__(self, name: str, *, is_known: bool = True, rows: int = 0) -> None:
         self.name = name
+        self.is_known = is_known
+        self.waits = WAITS if is_known else FIRST_WAITS
+        self.rows = rows
         self.failures = 0
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
@@ -176,40 +200,46 @@ class _Patience:
 
     def wait(self, error: Exception) -> None:
         """Waits for the next try; raises if there is none, or it would be no use."""
+        if isinstance(error, MemoryError):
+            raise error
         if not is_passing(error):
-            raise _refusal(self.name, error) from error
-        if self.failures == len(WAITS):
+            raise self._refusal(error) from error
+        if self.failures == len(self.waits):
+            times = f"{len(self.waits) + 1} times in a row: {reason(error)}."
+            if self.is_known:
+                raise PassingError(f"The hub did not answer when it was asked for {self.name!r}, {times}") from error
             raise PassingError(
-                f"The hub did not answer when it was asked for {self.name!r}, {len(WAITS) + 1} times in a row: "
-                f"{_reason(error)}."
+                f"There is no file or folder {self.name!r} here, and the hub did not answer when it was asked for a "
+                f"data set of this name, {times}"
             ) from error
-        seconds = WAITS[self.failures]
+        seconds = self.waits[self.failures]
         self.failures += 1
         say(
-            f"The hub did not answer ({_reason(error)}); trying again in {seconds} s ({self.failures} of {len(WAITS)})."
+            f"The hub did not answer ({reason(error)}); trying again in {seconds} s "
+            f"({self.failures} of {len(self.waits)})."
         )
         sleep(seconds)
 
+    def _refusal(self, error: Exception) -> UserError:
+        if self.rows:
+            # There is such a data set, and it could be read; what can fail now is too much to list.
+            return PassingError(f"Reading {self.name!r} broke off after row {self.rows:,}: {reason(error)}.")
+        if self.is_known and isinstance(error, OSError):
+            return PassingError(f"The data set {self.name!r} could not be opened again: {reason(error)}.")
+        # `datasets` raises its own, huggingface_hub's, httpx's, fsspec's and plain errors for what is one thing to a
+        # user: this name, subset or split cannot be had; what the library says is the best there is to say why.
+        return UserError(
+            f"There is no file or folder {self.name!r} here, and it cannot be read as a data set of the Hugging Face "
+            f"hub: {reason(error)}."
+        )
 
-def _open_builder(name: str, subset: str | None) -> "DatasetBuilder":
+
+def _open_builder(name: str, subset: str | None, revision: str | None) -> "DatasetBuilder":
     from datasets import load_dataset_builder
 
-    return load_dataset_builder(name, subset)
+    return load_dataset_builder(name, subset, revision=revision)
 
 
 def _is_not_about_the_buffer(record: logging.LogRecord) -> bool:
     """Drops the warning that the contents of a shuffle buffer are lost: ours is of one row, and empty."""
     return "shuffle buffer" not in record.getMessage()
-
-
-def _reason(error: Exception) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")
-
-
-def _refusal(name: str, error: Exception) -> UserError:
-    # `datasets` raises its own, huggingface_hub's, httpx's, fsspec's and plain errors for what is one thing to a user:
-    # this name, subset or split cannot be had; what the library says is the best there is to say why.
-    return UserError(
-        f"There is no file or folder {name!r} here, and it cannot be read as a data set of the Hugging Face hub: "
-        f"{_reason(error)}."
-    )

@@ -1,6 +1,7 @@
 """Tokenizers: trained on the data, read from a file or taken from the Hugging Face hub."""
 
 import json
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moxe.data.config import SMALLEST_VOCABULARY
+from moxe.data.console import reason
+from moxe.data.encoding import is_failure_of_a_library
 from moxe.errors import UserError
 from moxe.manifest import require_unchanged
 
@@ -59,14 +62,14 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
             name, or what it gives is not a fast one.
         DamagedError: if a file of the tokenizer is not what the folder's manifest says.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # Path.expanduser fails for a user that is not there
     if path.is_file():
         try:
             return _wrap(Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except BaseException as error:
-            if not _is_of_the_file(error):
+            if not is_failure_of_a_library(error):
                 raise
-            raise UserError(f"The file {str(path)!r} is no tokenizer.json: {_first_line(error)}.") from error
+            raise UserError(f"The file {str(path)!r} is no tokenizer.json: {reason(error)}.") from error
     if path.is_dir() or path.suffix == ".json" or str(name_or_path).startswith((".", "/", "~")):
         if not (path / "tokenizer.json").is_file():
             raise UserError(
@@ -89,23 +92,13 @@ def _from_pretrained(name_or_path: str) -> PreTrainedTokenizerFast:
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             return _with_special_tokens(tokenizer)
     except BaseException as error:  # missing name, gated, no network, not a tokenizer: each library has its own
-        if not _is_of_the_file(error):
+        if not is_failure_of_a_library(error):
             raise
         raise UserError(
             f"The tokenizer {name_or_path!r} cannot be loaded, neither from a path nor from the Hugging Face hub: "
-            f"{_first_line(error)}."
+            f"{reason(error)}."
         ) from error
     raise UserError(f"The tokenizer {name_or_path!r} has no fast version (tokenizer.json), which is needed here.")
-
-
-def _is_of_the_file(error: BaseException) -> bool:
-    """Whether a library failed at what it read. A Rust library that panics raises no Exception, and its class has no
-    public name."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _first_line(error: BaseException) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

@@ -11,16 +11,29 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, islice
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from moxe.data import encoding as encoding_module
-from moxe.data.encoding import Encoded, Encoder, Encoding
+from moxe.data.console import reason
+from moxe.data.encoding import READY, Encoded, Encoder, Encoding, is_failure_of_a_library
 from moxe.errors import PassingError, UserError
 
 # Starting processes takes longer than so few batches.
 BATCHES_WITHOUT_WORKERS = 4
 # Batches read ahead for each worker, so that none waits for the reader.
 BATCHES_A_WORKER = 2
+# Started where the recipe does not say how many; the one process that reads and writes keeps no more of them busy.
+MOST_WORKERS = 16
+# Of a worker. It encodes one batch after the other, on one thread, and the stack of a panic helps nobody.
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "RUST_BACKTRACE": "0",
+}
+# For a worker whose pipes are closed.
+SECONDS_TO_END = 10
+START_AGAIN = "start again to go on from there, with a smaller data.num_workers if memory was short."
 
 
 class HasTexts(Protocol):
@@ -45,14 +58,14 @@ def encode_batches(
         batches: read as they are needed, a few ahead.
         encoding: how.
         num_workers: processes that encode; 1: this one, on the threads of the tokenizers library; None: as many as
-            this process has cores. Few batches are encoded in this process in any case.
+            this process has cores, and MOST_WORKERS at most. Few batches are encoded in this process in any case.
 
     Raises:
         UserError: if the tokenizer fails.
-        PassingError: if a worker cannot be started or dies.
+        PassingError: if a worker cannot be started, dies or has not enough memory.
     """
     if num_workers is None:
-        num_workers = own_cores()
+        num_workers = min(own_cores(), MOST_WORKERS)
     batches = iter(batches)
     if num_workers > 1:
         first = list(islice(batches, BATCHES_WITHOUT_WORKERS))
@@ -65,8 +78,10 @@ def encode_batches(
     for batch in batches:
         try:
             encoded = encoder(batch.texts)
-        except Exception as error:  # tokenizers raises plain Exception
-            raise _failed(str(error)) from error
+        except BaseException as error:  # tokenizers raises plain Exception
+            if isinstance(error, MemoryError) or not is_failure_of_a_library(error):
+                raise
+            raise _failed(error) from error
         yield batch, encoded
 
 
@@ -105,8 +120,8 @@ def encode_in_workers(
             worker.close()
 
 
-def _failed(reason: str) -> UserError:
-    return UserError(f"The documents cannot be tokenised: {reason.rstrip('.')}.")
+def _failed(error: BaseException) -> UserError:
+    return UserError(f"The documents cannot be tokenised: {reason(error)}.")
 
 
 def _result(under_way: "deque[tuple[Batch, Future[Encoded]]]") -> tuple[Batch, Encoded]:
@@ -121,14 +136,14 @@ class _Worker:
         # By the path of the file: as a module of moxe it would import torch, and multiprocessing would import the
         # program that runs here. In a process group of its own, so that a terminal's Ctrl-C does not reach it.
         command = [sys.executable, "-P", encoding_module.__file__]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **ENVIRONMENT}
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
             )
         except OSError as error:
             raise PassingError(f"A process to tokenise in cannot be started: {error.strerror or error}.") from error
-        self.first_message = asdict(encoding)
+        self.first_message: dict[str, Any] | None = asdict(encoding)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         process = self.process
@@ -138,17 +153,31 @@ class _Worker:
             if self.first_message is not None:
                 pickle.dump(self.first_message, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
                 self.first_message = None
+                _skip_to_answers(process.stdout)
             pickle.dump(texts, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
             answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError):
+            raise PassingError(f"A process that tokenises has died ({self._ending()}); {START_AGAIN}") from None
+        except Exception as error:  # pickle raises whatever the bytes lead it to
+            process.kill()  # it may be waiting for more
             raise PassingError(
-                f"A process that tokenises has died ({_ending(process.wait())}); start again to go on from there, "
-                "with a smaller data.num_workers if memory was short."
+                f"A process that tokenises gave no answer that can be read ({reason(error)}); {START_AGAIN}"
             ) from None
-        if isinstance(answer, str):
+        if isinstance(answer, MemoryError):
+            raise PassingError(f"A process that tokenises has not enough memory; {START_AGAIN}")
+        if isinstance(answer, Exception):
             raise _failed(answer)
         return answer
+
+    def _ending(self) -> str:
+        """How the process ended; killed if it goes on without its pipes."""
+        try:
+            code = self.process.wait(timeout=SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def close(self) -> None:
         process = self.process
@@ -159,5 +188,9 @@ class _Worker:
                 pipe.close()
 
 
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+def _skip_to_answers(output: IO[bytes]) -> None:
+    """Past what the start of Python may print, such as a sitecustomize's greeting."""
+    for line in output:
+        if line == READY:
+            return
+    raise EOFError

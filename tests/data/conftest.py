@@ -80,10 +80,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     load = datasets.load_dataset_builder
 
-    def load_from_folder(name: str, subset: str | None):
+    def load_from_folder(name: str, subset: str | None, revision: str | None):
         if name != "owner/name":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.")
-        return load(str(folder.parent), subset)
+        return load(str(folder.parent), subset, revision=revision)
 
     monkeypatch.setattr("datasets.load_dataset_builder", load_from_folder)
     return folder

@@ -1,6 +1,8 @@
+import errno
 import http.client
 import json
 import socket
+import ssl
 
 import datasets
 import httpx2
@@ -33,6 +35,10 @@ def caused(error: Exception, cause: Exception) -> Exception:
         http.client.IncompleteRead(b""),
         httpx2.ReadTimeout("timed out"),
         httpx2.ConnectError("no route"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+        OSError(errno.EHOSTUNREACH, "No route to host"),
+        ssl.SSLError("bad record"),
+        http_error(408),
         http_error(429),
         http_error(503),
         caused(RuntimeError("while reading"), httpx2.RemoteProtocolError("closed")),
@@ -54,6 +60,8 @@ def test_what_may_pass_is_known(error):
         OfflineModeIsEnabled("offline"),
         caused(ConnectionError("Couldn't reach the hub"), OfflineModeIsEnabled("offline")),
         caused(TimeoutError("gave up"), http_error(401)),
+        OSError(errno.EMFILE, "Too many open files"),
+        caused(httpx2.ConnectError("no trust"), ssl.SSLCertVerificationError("self-signed")),
     ],
     ids=repr,
 )
@@ -121,34 +129,88 @@ def test_a_hub_that_stops_answering_is_an_error_in_the_end(hub, monkeypatch, wai
 
 @pytest.mark.parametrize("error", [ConnectionError("no network"), http_error(502)])
 def test_a_hub_that_never_answers_is_an_error_in_the_end(monkeypatch, waits, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("datasets.load_dataset_builder", fail)
-    with pytest.raises(PassingError, match=f"6 times in a row: {error}"):
+    # The name may be a mistyped path, so there are few tries, and the path is the first thing to be told.
+    told = r"^There is no file or folder 'owner/name' here, and the hub did not answer .*, 2 times in a row: "
+    with pytest.raises(PassingError, match=told + str(error)):
         texts()
-    assert waits == [1, 2, 4, 8, 16]
+    assert waits == [1]
 
 
 def test_a_hub_that_answers_late_is_read(hub, monkeypatch, waits):
     load = datasets.load_dataset_builder
-    failures = [TimeoutError("late"), http_error(429)]
+    failures = [None, TimeoutError("late"), http_error(429), None, http_error(408)]
 
-    def open_late(*arguments):
-        if failures:
-            raise failures.pop()
-        return load(*arguments)
+    def open_late(*arguments, **options):
+        if failures and (failure := failures.pop()):
+            raise failure
+        return load(*arguments, **options)
 
     monkeypatch.setattr("datasets.load_dataset_builder", open_late)
     assert texts() == HUB_TEXTS
-    assert waits == [1, 2]
+    assert waits == [1, 1, 2]
 
 
-def test_a_refusal_is_not_tried_again(hub, monkeypatch, waits):
-    Flaky(monkeypatch, 1, error=http_error(403))
-    with pytest.raises(UserError, match="cannot be read as a data set of the Hugging Face hub: status 403"):
+def test_a_refusal_is_not_tried_again(monkeypatch, waits):
+    def refuse(*_, **__):
+        raise http_error(403)
+
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
+    told = "cannot be read as a data set of the Hugging Face hub: status 403"
+    with pytest.raises(UserError, match=told) as error:
         texts()
+    assert not isinstance(error.value, PassingError)
     assert not waits
+
+
+@pytest.mark.parametrize(
+    "error", [http_error(403), OSError(errno.EMFILE, "Too many open files"), RuntimeError("a bug"), ValueError("bad")]
+)
+def test_whatever_fails_after_rows_were_given_may_pass(hub, monkeypatch, waits, error):
+    Flaky(monkeypatch, 2, error=error)
+    documents = hub_documents("owner/name", None, "train", "text")
+    _, place = [next(documents) for _ in range(2)][-1]
+    with pytest.raises(PassingError, match=r"^Reading 'owner/name' broke off after row 2: "):
+        next(documents)
+    assert not waits
+    assert texts(place=place) == HUB_TEXTS[2:]
+    Flaky(monkeypatch, 0, error=error)
+    with pytest.raises(PassingError, match=r"^Reading 'owner/name' broke off after row 2: "):
+        texts(place=place)
+
+
+def test_a_data_set_that_was_there_before_is_not_refused_for_a_disk(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "_open_builder", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "full")))
+    with pytest.raises(PassingError, match="'owner/name' could not be opened again: .*full"):
+        texts(revision="known")
+
+
+def test_a_lack_of_memory_is_told_as_such(hub, monkeypatch):
+    Flaky(monkeypatch, 1, error=MemoryError())
+    with pytest.raises(MemoryError):
+        texts()
+
+
+def test_the_revision_is_that_of_the_first_answer_to_the_end(hub, monkeypatch, waits):
+    asked = []
+    load = datasets.load_dataset_builder
+
+    def remember(name, subset, revision):
+        asked.append(revision)
+        builder = load(name, subset, revision)
+        builder.hash = f"revision {len(asked)}"
+        return builder
+
+    monkeypatch.setattr("datasets.load_dataset_builder", remember)
+    Flaky(monkeypatch, 1, 3)
+    assert texts() == HUB_TEXTS
+    assert asked == [None, *["revision 1"] * 3]
+    asked.clear()
+    assert texts(revision="given") == HUB_TEXTS
+    assert asked == ["given"]
 
 
 def test_reading_fails_and_opening_fails_count_together(hub, monkeypatch, waits):

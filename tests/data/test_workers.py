@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ from moxe.data.encoding import document_hash
 from moxe.data.tokenizer import train_tokenizer
 from moxe.data.tokens import encoding_of, text_batches
 from moxe.data.workers import encode_batches
-from moxe.errors import PassingError, UserError
+from moxe.errors import PassingError, Stopped, UserError
 
 DOCUMENTS = [f"The cat sat on {'abcdefghij'[i % 10]} mat." + " And again." * (i // 10) for i in range(60)]
 ENCODING = encoding_of(train_tokenizer(DOCUMENTS, 300), map(document_hash, DOCUMENTS[3:40:9]))
@@ -114,6 +115,75 @@ def test_a_tokenizer_that_gives_ids_outside_its_vocabulary_is_refused(num_worker
         encoded(num_workers, replace(ENCODING, vocab_size=280))
 
 
+def panicking():
+    tokenizer = json.loads(ENCODING.tokenizer)
+    tokenizer["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    return replace(ENCODING, tokenizer=json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_tokenizer_that_panics_is_one_sentence(num_workers, monkeypatch, capfd):
+    monkeypatch.setenv("RUST_BACKTRACE", "1")
+    with pytest.raises(UserError, match=r"^The documents cannot be tokenised: chunk size must be non-zero\.$") as error:
+        encoded(num_workers, panicking())
+    assert not isinstance(error.value, PassingError)
+    if num_workers > 1:
+        assert "stack backtrace" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped(signal.SIGTERM), MemoryError])
+def test_only_what_the_tokenizer_fails_at_is_taken_for_its_failure(monkeypatch, error):
+    monkeypatch.setattr(workers.Encoder, "__call__", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error) if isinstance(error, BaseException) else error):
+        encoded(1)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("os.write(1, b'hello')", None),
+        ("print('hello', flush=True)", None),
+        (
+            "dumps = pickle.dumps\npickle.dump = lambda answer, file, **_: (file.write(b'hello'), file.flush())",
+            "no answer",
+        ),
+        ("def fail(*_, **__): raise MemoryError\nnumpy.array = fail", "has not enough memory; start again"),
+        ("os.close(1); os.dup2(2, 1); time.sleep(60)", r"has died \(signal 9\)"),
+    ],
+)
+def test_what_else_a_worker_says_is_neither_an_answer_nor_waited_for(monkeypatch, tmp_path, code, told):
+    (tmp_path / "sitecustomize.py").write_text(f"import os, pickle, time, numpy\n{code}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(workers, "SECONDS_TO_END", 0.2)
+    if told is None:
+        assert encoded(2) == encoded(1)
+    else:
+        with pytest.raises(PassingError, match=told):
+            encoded(2)
+
+
+def test_the_default_number_of_workers_has_an_end(monkeypatch):
+    asked = []
+    monkeypatch.setattr(workers, "own_cores", lambda: 192)
+    monkeypatch.setattr(workers, "encode_in_workers", lambda batches, encoding, number: asked.append(number) or [])
+    encoded(None)
+    assert asked == [16]
+
+
+def test_a_worker_computes_on_one_thread(monkeypatch, started):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    environments = []
+    start = workers.subprocess.Popen
+
+    def remember(*arguments, env, **options):
+        environments.append(env)
+        return start(*arguments, env=env, **options)
+
+    monkeypatch.setattr("moxe.data.workers.subprocess.Popen", remember)
+    encoded(2)
+    assert {(env["OMP_NUM_THREADS"], env["OPENBLAS_NUM_THREADS"]) for env in environments} == {("1", "1")}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
 def test_what_the_source_raises_ends_the_workers(started, error):
     def source():
@@ -144,6 +214,9 @@ def test_a_worker_ignores_an_interruption_and_ends_with_whoever_started_it():
     assert process.stderr is not None
     with process:
         pickle.dump(asdict(ENCODING), process.stdin)
+        process.stdin.flush()
+        assert process.stdout.readline() == b"\n"
+        assert process.stdout.readline() == encoding_module.READY
         for _ in range(2):
             pickle.dump(["The cat"], process.stdin)
             process.stdin.flush()
@@ -160,11 +233,14 @@ def test_workers_end_when_the_process_that_started_them_is_killed():
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        results = encode_batches(batches(), ENCODING, 2)
-        next(results)
-        pids = [thread.name for thread in threading.enumerate() if thread.name.startswith("moxe-encode")]
-        os.write(writer, f"{len(pids)} {_children()}\n".encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            results = encode_batches(batches(), ENCODING, 2)
+            next(results)
+            threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("moxe-encode")]
+            os.write(writer, f"{len(threads)} {_children()}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # a child that fails must not go on with the tests
     os.close(writer)
     with os.fdopen(reader) as lines:
         threads, *pids = lines.readline().split()

@@ -14,13 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from moxe.data.config import DataConfig
-from moxe.data.console import say
+from moxe.data.console import reason, say
 from moxe.data.encoding import document_hash
 from moxe.data.holdout import hold_out
 from moxe.data.journal import TokenJournal
@@ -37,6 +38,8 @@ HUB_VALIDATION_DOCUMENTS = 1000
 TOKENIZER_TRAINING_CHARACTERS = 100_000_000
 
 TEXTS = "validation.jsonl"
+# The version that tokens of an unfinished folder were made with; another one's are not mixed with them.
+TOKENIZERS_VERSION = "tokenizers-version"
 
 
 def is_streamed(config: DataConfig) -> bool:
@@ -73,18 +76,23 @@ def make_folder(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, f
             say(f"Tokenised data are damaged and are made again: {error}.")
             shutil.rmtree(folder)
         unfinished = folder.with_name(f".{folder.name}.unfinished")
-        unfinished.mkdir(exist_ok=True)
         try:
+            _begin(unfinished)
             with _progress_bars(progress) as bars:
                 names = _write(config, tokenizer, unfinished, bars)
+            _remove_others(unfinished, names)
+            os.replace(unfinished, folder)
+            sync(folder.parent)
         except PassingError:
             raise
         except UserError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        _remove_others(unfinished, names)
-        os.replace(unfinished, folder)
-        sync(folder.parent)
+        except OSError as error:
+            raise PassingError(
+                f"data.cache_dir {config.cache_dir!r} cannot be written: {error.strerror or error}; once it can, the "
+                "same command goes on from there."
+            ) from error
     return False
 
 
@@ -92,6 +100,23 @@ def read_validation_texts(folder: Path) -> list[str]:
     """The held-out documents of a cache folder."""
     with (folder / TEXTS).open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
+
+
+def _begin(unfinished: Path) -> None:
+    """Makes the unfinished folder; one that another version of the tokenizers library began is emptied first."""
+    version = unfinished / TOKENIZERS_VERSION
+    if unfinished.exists() and not (version.is_file() and version.read_text() == tokenizers.__version__):
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(exist_ok=True)
+    version.write_text(tokenizers.__version__)
+    sync(unfinished.parent)
+
+
+def _vouch(folder: Path, names: list[str]) -> None:
+    """Says that these files are finished, once the names in their folders have reached the disk, too."""
+    for parent in {(folder / name).parent for name in names}:
+        sync(parent)
+    write_manifest(folder, names)
 
 
 def _is_whole(config: DataConfig, folder: Path) -> bool:
@@ -123,7 +148,8 @@ def _alone(config: DataConfig, folder: Path) -> Iterator[None]:
         except Timeout:
             say("Another process tokenises the same data; waiting for it.")
             lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where a file system knows no locks
+        error = error if isinstance(error, OSError) else OSError(f"it has no file locks ({error})")
         raise UserError(f"data.cache_dir {config.cache_dir!r} cannot be written: {error.strerror or error}.") from error
     try:
         yield
@@ -140,15 +166,20 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder
         texts = _validation_texts(config, bars)
         with (folder / TEXTS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        write_manifest(folder, names)
+        _vouch(folder, names)
 
     if tokenizer is None:
         if not _is_finished(folder, ["tokenizer/tokenizer.json"], ["tokenizer/*"]):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             documents = _without(texts, _read(config, bars, "Training the tokenizer"))
             trained = train_tokenizer(_first(documents, TOKENIZER_TRAINING_CHARACTERS), config.vocab_size)
-            trained.save_pretrained(folder / "tokenizer")
-            write_manifest(folder, [*names, *_files_in(folder, "tokenizer")])
+            try:
+                trained.save_pretrained(folder / "tokenizer")
+            except OSError:
+                raise
+            except Exception as error:  # tokenizers raises plain Exception for a disk that is full
+                raise OSError(reason(error)) from error
+            _vouch(folder, [*names, *_files_in(folder, "tokenizer")])
         names += _files_in(folder, "tokenizer")
         tokenizer = load_tokenizer(folder / "tokenizer")
 
@@ -156,13 +187,13 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder
     if not _is_finished(folder, _documents("validation")):
         shutil.rmtree(folder / "validation", ignore_errors=True)
         write_token_documents(tokenize_documents(texts, tokenizer), folder / "validation", len(tokenizer))
-        write_manifest(folder, names)
+        _vouch(folder, names)
 
     if not is_streamed(config):
         names += _documents("train")
         if not _is_finished(folder, _documents("train")):
             _write_training_tokens(config, tokenizer, texts, folder / "train", bars)
-            write_manifest(folder, names)
+            _vouch(folder, names)
     return names
 
 

@@ -7,11 +7,12 @@ from moxe.errors import UserError
 
 # Of a tokenizer that is trained here: the 256 bytes, the end of a document and the padding.
 SMALLEST_VOCABULARY = 258
+MOST_WORKERS = 1024
 
 
 def default_cache_dir() -> str:
     """Where tokenised data is kept: the environment variable MOXE_CACHE, or ~/.cache/moxe."""
-    return os.environ.get("MOXE_CACHE", "~/.cache/moxe")
+    return os.environ.get("MOXE_CACHE") or "~/.cache/moxe"
 
 
 @dataclass
@@ -35,8 +36,9 @@ class DataConfig:
             folder that holds one, or the name of a tokenizer on the hub.
         vocab_size: size of a tokenizer that is trained here.
         sequence_length: tokens a row.
-        num_workers: processes that tokenise; 1: the one that trains, on threads of its own; none: as many as it has
-            cores. The tokens do not depend on it, and few documents are tokenised without starting any.
+        num_workers: processes that tokenise, 1,024 at most; 1: the one that trains, on threads of its own; none: as
+            many as it has cores, and 16 at most. The tokens do not depend on it, and few documents are tokenised
+            without starting any.
         cache_dir: folder that keeps tokenised data; the environment variable MOXE_CACHE overrides the default.
     """
 
@@ -71,8 +73,13 @@ class DataConfig:
             raise UserError(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
         if self.validation_documents is not None and self.validation_documents < 1:
             raise UserError(f"data.validation_documents is {self.validation_documents}; give 1 or more, or null.")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"data.num_workers is {self.num_workers}; give 1 or more, or null for one a core.")
+        if self.num_workers is not None and not 1 <= self.num_workers <= MOST_WORKERS:
+            raise UserError(
+                f"data.num_workers is {self.num_workers}; give 1 to {MOST_WORKERS:,}, or null for one a core."
+            )
+        for name in ("source", "validation_source", "tokenizer", "cache_dir"):
+            if getattr(self, name) == "":  # as a path it would be the working folder
+                raise UserError(f"data.{name} is empty; give a path or a name, or leave the setting out.")
         if not self.text_field:
             raise UserError("data.text_field is empty; give the name of the field or column that holds the text.")
         if "\n" in self.document_separator:

@@ -13,6 +13,7 @@ these is another folder; a run that needs the same tokens again maps them at onc
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def prepare(config: DataConfig, *, seed: int, progress: bool = True) -> Corpus:
     start = time.perf_counter()
     _check(config)
     tokenizer = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
-    folder = Path(config.cache_dir).expanduser() / _key(config, tokenizer)
+    folder = Path(os.path.expanduser(config.cache_dir)) / _key(config, tokenizer)
     cached = make_folder(config, tokenizer, folder, progress)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder / "tokenizer")

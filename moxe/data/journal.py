@@ -16,6 +16,7 @@ import numpy as np
 
 from moxe.data.encoding import Encoded
 from moxe.data.tokens import write_index
+from moxe.errors import PassingError
 from moxe.manifest import sync
 
 # Between two entries; reaching the disk can take a good part of a second.
@@ -43,6 +44,7 @@ class TokenJournal:
         self.num_documents = 0
         self.num_tokens = 0
         folder.mkdir(exist_ok=True)
+        sync(folder.parent)
         self._files = {name: (folder / name).open("a+b") for name in ("tokens.bin", LENGTHS)}
         self._digests = {name: hashlib.sha256() for name in self._files}
         if not self._pick_up():
@@ -90,8 +92,19 @@ class TokenJournal:
         self._last_entry = time.monotonic()
 
     def finish(self) -> None:
-        """Completes what `TokenDocuments` maps; the journal stays, for whoever says that all of it is finished."""
+        """Completes what `TokenDocuments` maps; the journal stays, for whoever says that all of it is finished.
+
+        Raises:
+            PassingError: if another process wrote to the files; the next journal begins them anew.
+        """
         self.enter()
+        for name, digest in self._digests.items():
+            with (self.folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() != digest.digest():
+                    raise PassingError(
+                        f"{self.folder / name} is not what was written to it, as if another process wrote there too; "
+                        "the same command makes it again."
+                    )
         write_index(self.folder, np.fromfile(self.folder / LENGTHS, dtype=np.int64), self.vocab_size)
 
     def _pick_up(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moxe.data.builtin import builtin_documents, builtin_files
+from moxe.data.console import reason
 from moxe.data.hub import checked_text, hub_documents
 from moxe.errors import PassingError, UserError
 
@@ -99,7 +100,7 @@ def find_files(source: str) -> list[Path] | None:
     """
     if source == BUILTIN:
         return builtin_files()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path.expanduser fails for a user that is not there
     try:
         if path.is_file():
             return _readable([path], f"The data file {source!r}")
@@ -239,7 +240,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, int]]:
                     number += 1
                     text = checked_text(value, f"Row {number} of {str(path)!r} has in column {column!r}")
                     yield text, size * number // rows - size * (number - 1) // rows
-    except pa.ArrowException as error:
-        raise UserError(f"The data file {str(path)!r} is no parquet file that can be read: {error}.") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; for contents that it cannot decompress or parse, pyarrow gives no number
+        raise UserError(f"The data file {str(path)!r} is no parquet file that can be read: {reason(error)}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"The column {column!r} of {str(path)!r} is no valid UTF-8: {error}.") from error

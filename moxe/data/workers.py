@@ -22,8 +22,8 @@ from moxe.errors import PassingError, UserError
 BATCHES_WITHOUT_WORKERS = 4
 # Batches read ahead for each worker, so that none waits for the reader.
 BATCHES_A_WORKER = 2
-# Started where the recipe does not say how many; the one process that reads and writes keeps no more of them busy.
-MOST_WORKERS = 16
+# Where the recipe does not say how many; the one process that reads and writes keeps no more of them busy.
+MOST_WORKERS_UNASKED = 16
 # Of a worker. It encodes one batch after the other, on one thread, and the stack of a panic helps nobody.
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -58,14 +58,15 @@ def encode_batches(
         batches: read as they are needed, a few ahead.
         encoding: how.
         num_workers: processes that encode; 1: this one, on the threads of the tokenizers library; None: as many as
-            this process has cores, and MOST_WORKERS at most. Few batches are encoded in this process in any case.
+            this process has cores, and MOST_WORKERS_UNASKED at most. Few batches are encoded in this process in any
+            case.
 
     Raises:
         UserError: if the tokenizer fails.
         PassingError: if a worker cannot be started, dies or has not enough memory.
     """
     if num_workers is None:
-        num_workers = min(own_cores(), MOST_WORKERS)
+        num_workers = min(own_cores(), MOST_WORKERS_UNASKED)
     batches = iter(batches)
     if num_workers > 1:
         first = list(islice(batches, BATCHES_WITHOUT_WORKERS))

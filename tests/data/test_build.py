@@ -1,10 +1,11 @@
+import errno
 import os
 import random
 import signal
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from time import sleep
+from time import monotonic, sleep
 
 import datasets
 import numpy as np
@@ -115,11 +116,19 @@ def test_killed_at_the_same_place_in_every_process_it_still_gets_on(config, expe
     assert cached(settings) == expected
 
 
-def test_killed_at_random_it_ends_with_the_very_files_of_an_undisturbed_build(config, expected, small_batches):
+def test_killed_at_random_it_ends_with_the_very_files_of_an_undisturbed_build(
+    config, expected, small_batches, tmp_path
+):
     settings = config(num_workers=2)
+    start = monotonic()
+    in_a_child(lambda: prepare(config(num_workers=2, cache_dir=str(tmp_path / "timed")), seed=0, progress=False))
+    seconds = monotonic() - start
     moments = random.Random(0)
+    kills_during_a_build = 0
     for _ in range(8):
-        in_a_child(lambda: prepare(settings, seed=0, progress=False), kill_after=moments.uniform(0, 0.6))
+        in_a_child(lambda: prepare(settings, seed=0, progress=False), kill_after=moments.uniform(0, 0.7 * seconds))
+        kills_during_a_build += any((tmp_path / "cache").glob(".*.unfinished"))
+    assert kills_during_a_build
     prepare(settings, seed=0)
     assert cached(settings) == expected
 
@@ -253,13 +262,100 @@ def test_bad_data_leave_nothing_behind(config, source, tmp_path, broken, monkeyp
     if broken == "source":
         source.write_bytes(source.read_bytes() + b"\xff")
     elif broken == "tokenizer":
-        (tmp_path / "tokenizer.json").write_text("{}")
+        train_tokenizer(["some words"], 300).save_pretrained(tmp_path)
+        monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__len__", lambda self: 100)
         settings = config(tokenizer=str(tmp_path / "tokenizer.json"))
     else:
         monkeypatch.setattr(build, "encode_batches", lambda *_: (_ for _ in ()).throw(UserError("broken")))
     with pytest.raises(UserError):
         prepare(settings, seed=0)
     assert not cached(settings)
+
+
+def test_a_full_disk_keeps_what_was_made(config, expected, small_batches, monkeypatch, capsys):
+    settings = config(num_workers=1)
+    with monkeypatch.context() as patch:
+        enter = journal.TokenJournal.enter
+
+        def fill_the_disk(self):
+            if self.num_documents > 40:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            enter(self)
+
+        patch.setattr(journal.TokenJournal, "enter", fill_the_disk)
+        with pytest.raises(PassingError, match=r"data\.cache_dir .* cannot be written: No space left on device; once"):
+            prepare(settings, seed=0)
+    prepare(settings, seed=0)
+    assert "Tokenising was interrupted after" in capsys.readouterr().err
+    assert cached(settings) == expected
+
+
+def test_a_full_disk_under_the_tokenizer_keeps_what_was_made(config, expected, monkeypatch):
+    settings = config()
+    with monkeypatch.context() as patch:
+        full = Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(PassingError, match=r"data\.cache_dir .* cannot be written: No space left on device"):
+            prepare(settings, seed=0)
+    monkeypatch.setattr(build, "hold_out", None)
+    prepare(settings, seed=0)
+    assert cached(settings) == expected
+
+
+def test_tokens_of_two_versions_of_the_tokenizers_library_are_not_mixed(config, expected, small_batches, monkeypatch):
+    settings = config(num_workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.tokenizers, "__version__", "0.1")
+        patch.setattr(journal.TokenJournal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, seed=0)
+    appended = []
+    append = journal.TokenJournal.append
+    monkeypatch.setattr(journal.TokenJournal, "append", lambda *all: (appended.append(1), append(*all)))
+    prepare(settings, seed=0)
+    assert len(appended) == NUM_BATCHES
+    assert cached(settings) == expected
+
+
+def test_a_cache_that_cannot_be_read_is_left_alone(config, monkeypatch):
+    settings = config()
+    prepare(settings, seed=0)
+    before = cached(settings)
+    unreadable = PassingError("tokens.bin cannot be read: Too many open files")
+    monkeypatch.setattr(build, "verify_manifest", lambda *_, **__: (_ for _ in ()).throw(unreadable))
+    with pytest.raises(PassingError, match="Too many open files"):
+        prepare(settings, seed=0)
+    assert cached(settings) == before
+
+
+def test_a_file_system_without_locks_is_told(config, monkeypatch):
+    monkeypatch.setattr(build.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError("flock")))
+    with pytest.raises(UserError, match=r"data\.cache_dir .* cannot be written: it has no file locks \(flock\)"):
+        prepare(config(), seed=0)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("a bug below")])
+def test_a_hub_that_fails_in_whatever_way_keeps_what_was_made(hub, config, small_batches, monkeypatch, error):
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 20)
+    settings = config(source="owner/name", validation_documents=2, max_tokens=1000, num_workers=1)
+    with monkeypatch.context() as patch:
+        rows = datasets.IterableDataset.__iter__
+        write = build._write_training_tokens
+        failing = []
+
+        def fail(self):
+            for number, row in enumerate(rows(self)):
+                if failing and number == 5:
+                    raise error
+                yield row
+
+        patch.setattr("datasets.IterableDataset.__iter__", fail)
+        patch.setattr(build, "_write_training_tokens", lambda *all: (failing.append(1), write(*all)))
+        with pytest.raises(PassingError, match=r"Reading 'owner/name' broke off after row 5: "):
+            prepare(settings, seed=0)
+    for name in ("_validation_texts", "train_tokenizer"):  # those parts were finished
+        monkeypatch.setattr(build, name, None)
+    assert prepare(settings, seed=0).statistics.train_documents == 6
 
 
 def test_of_two_at_once_one_builds_and_the_other_waits(config, expected, monkeypatch, capsys):

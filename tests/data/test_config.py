@@ -7,6 +7,8 @@ from moxe.errors import UserError
 def test_the_cache_folder_is_set_by_the_environment(monkeypatch):
     monkeypatch.delenv("MOXE_CACHE", raising=False)
     assert DataConfig().cache_dir == "~/.cache/moxe"
+    monkeypatch.setenv("MOXE_CACHE", "")
+    assert DataConfig().cache_dir == "~/.cache/moxe"
     monkeypatch.setenv("MOXE_CACHE", "/elsewhere")
     assert DataConfig().cache_dir == "/elsewhere"
     assert DataConfig(cache_dir="/here").cache_dir == "/here"
@@ -21,6 +23,12 @@ def test_the_cache_folder_is_set_by_the_environment(monkeypatch):
         ("validation_fraction", 0.0),
         ("validation_fraction", 1.0),
         ("validation_documents", 0),
+        ("num_workers", 0),
+        ("num_workers", 1025),
+        ("source", ""),
+        ("validation_source", ""),
+        ("tokenizer", ""),
+        ("cache_dir", ""),
         ("text_field", ""),
         ("document_separator", "two\nlines"),
     ],

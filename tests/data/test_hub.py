@@ -184,7 +184,7 @@ def test_whatever_fails_after_rows_were_given_may_pass(hub, monkeypatch, waits, 
 
 def test_a_data_set_that_was_there_before_is_not_refused_for_a_disk(hub, monkeypatch):
     monkeypatch.setattr(hub_module, "_open_builder", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "full")))
-    with pytest.raises(PassingError, match="'owner/name' could not be opened again: .*full"):
+    with pytest.raises(PassingError, match=r"'owner/name' could not be opened again: .*full"):
         texts(revision="known")
 
 

@@ -6,6 +6,7 @@ import pytest
 from moxe.data import journal as journal_module
 from moxe.data.journal import JOURNAL, LENGTHS, TokenJournal
 from moxe.data.tokens import TokenDocuments
+from moxe.errors import PassingError
 
 
 def append(journal, *documents, place):
@@ -48,6 +49,17 @@ def test_a_finished_folder_is_finished_again_alike(unfinished):
         with TokenJournal(unfinished, 100) as journal:
             journal.finish()
         assert [ids.tolist() for ids in TokenDocuments(unfinished)] == [[1, 2, 3], [4]]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", LENGTHS])
+@pytest.mark.parametrize("change", [lambda content: content + b"12", lambda content: b"1" + content[1:]])
+def test_what_another_process_wrote_is_not_vouched_for(tmp_path, name, change):
+    with TokenJournal(tmp_path, 100) as journal:
+        append(journal, [1, 2, 3], [4], place=2)
+        journal.enter()
+        (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+        with pytest.raises(PassingError, match=f"{name} is not what was written to it"):
+            journal.finish()
 
 
 def damage(folder, kind):

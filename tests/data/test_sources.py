@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moxe.data.sources import find_files, is_hub, read_documents, read_places
-from moxe.errors import UserError
+from moxe.errors import PassingError, UserError
 from tests.data.conftest import HUB_TEXTS, write_parquet
 
 
@@ -56,6 +56,30 @@ def test_parquet_columns_of_any_kind_of_text_are_read(tmp_path, kind):
     texts = [f"text {i % 3}" for i in range(2500)]
     pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), tmp_path / "a.parquet", row_group_size=1000)
     assert read(tmp_path / "a.parquet") == texts
+
+
+def test_a_parquet_file_that_is_damaged_within_is_bad_data(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [f"text {i} " * 20 for i in range(3000)])
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet' is no parquet file that can be read: .*[^.]\.$") as error:
+        read(path)
+    assert not isinstance(error.value, PassingError)
+
+
+def test_a_disk_that_fails_under_a_parquet_file_may_pass(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", ["text"])
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "broken")))
+    with pytest.raises(PassingError, match=r"a\.parquet' cannot be read: broken\.$"):
+        read(tmp_path / "a.parquet")
+
+
+def test_the_folder_of_a_user_who_is_not_there_does_not_exist():
+    with pytest.raises(UserError, match="'~nobody-of-this-name' does not exist"):
+        find_files("~nobody-of-this-name")
 
 
 def test_a_folder_is_read_with_its_subfolders_in_the_order_of_paths(tmp_path):

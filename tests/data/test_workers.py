@@ -144,7 +144,7 @@ def test_only_what_the_tokenizer_fails_at_is_taken_for_its_failure(monkeypatch, 
         ("os.write(1, b'hello')", None),
         ("print('hello', flush=True)", None),
         (
-            "dumps = pickle.dumps\npickle.dump = lambda answer, file, **_: (file.write(b'hello'), file.flush())",
+            "pickle.dump = lambda answer, file, **_: (file.write(b'hello'), file.flush())",
             "no answer",
         ),
         ("def fail(*_, **__): raise MemoryError\nnumpy.array = fail", "has not enough memory; start again"),

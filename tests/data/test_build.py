@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic, sleep
+from time import sleep
 
 import datasets
 import numpy as np
@@ -120,14 +120,15 @@ def test_killed_at_random_it_ends_with_the_very_files_of_an_undisturbed_build(
     config, expected, small_batches, tmp_path
 ):
     settings = config(num_workers=2)
-    start = monotonic()
-    in_a_child(lambda: prepare(config(num_workers=2, cache_dir=str(tmp_path / "timed")), seed=0, progress=False))
-    seconds = monotonic() - start
     moments = random.Random(0)
     kills_during_a_build = 0
-    for _ in range(8):
-        in_a_child(lambda: prepare(settings, seed=0, progress=False), kill_after=moments.uniform(0, 0.7 * seconds))
+    attempts = 1
+    # Each a little later than the one before, until there is nothing left to kill.
+    while in_a_child(
+        lambda: prepare(settings, seed=0, progress=False), kill_after=moments.uniform(0.01, 0.05) * attempts
+    ):
         kills_during_a_build += any((tmp_path / "cache").glob(".*.unfinished"))
+        attempts += 1
     assert kills_during_a_build
     prepare(settings, seed=0)
     assert cached(settings) == expected

@@ -25,7 +25,7 @@ from moxe.data.console import reason, say
 from moxe.data.encoding import document_hash
 from moxe.data.holdout import hold_out
 from moxe.data.journal import TokenJournal
-from moxe.data.sources import BUILTIN, find_files, is_hub, read_places
+from moxe.data.sources import BUILTIN, Source, Sources, find_source, read_places
 from moxe.data.tokenizer import load_tokenizer, train_tokenizer
 from moxe.data.tokens import cut, encoding_of, text_batches, tokenize_documents, write_token_documents
 from moxe.data.workers import encode_batches
@@ -42,16 +42,29 @@ TEXTS = "validation.jsonl"
 TOKENIZERS_VERSION = "tokenizers-version"
 
 
-def is_streamed(config: DataConfig) -> bool:
+def find_sources(config: DataConfig) -> Sources:
+    """The sources of a configuration; `subset` belongs to the data set of `source` alone."""
+    training = find_source(config.source, config.subset)
+    if config.validation_source is None:
+        return Sources(training, None)
+    if config.validation_source == config.source:
+        return Sources(training, training)
+    return Sources(training, find_source(config.validation_source))
+
+
+def is_streamed(config: DataConfig, sources: Sources) -> bool:
     """Whether training reads the hub as it goes; with `max_tokens` the tokens are few enough to keep."""
-    return is_hub(config.source) and config.max_tokens is None
+    return sources.training.is_hub and config.max_tokens is None
 
 
-def make_folder(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool) -> bool:
+def make_folder(
+    config: DataConfig, sources: Sources, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool
+) -> bool:
     """Makes a cache folder, unless it is there and every file in it is as it was written.
 
     Args:
         config: decides what the folder holds.
+        sources: of the configuration, with the revisions that the folder's name stands for.
         tokenizer: None: one is trained.
         folder: the place.
         progress: draws bars on the standard error output.
@@ -64,13 +77,13 @@ def make_folder(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, f
         PassingError: for a failure that may pass; what was made is kept, and the next call goes on from there.
     """
     try:
-        if _is_whole(config, folder):
+        if _is_whole(config, sources, folder):
             return True
     except DamagedError:
         pass  # whoever has the lock looks again
     with _alone(config, folder):
         try:
-            if _is_whole(config, folder):  # another process was first
+            if _is_whole(config, sources, folder):  # another process was first
                 return True
         except DamagedError as error:
             say(f"Tokenised data are damaged and are made again: {error}.")
@@ -79,7 +92,7 @@ def make_folder(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, f
         try:
             _begin(unfinished)
             with _progress_bars(progress) as bars:
-                names = _write(config, tokenizer, unfinished, bars)
+                names = _write(config, sources, tokenizer, unfinished, bars)
             _remove_others(unfinished, names)
             os.replace(unfinished, folder)
             sync(folder.parent)
@@ -119,14 +132,14 @@ def _vouch(folder: Path, names: list[str]) -> None:
     write_manifest(folder, names)
 
 
-def _is_whole(config: DataConfig, folder: Path) -> bool:
+def _is_whole(config: DataConfig, sources: Sources, folder: Path) -> bool:
     """Whether the folder is there. Raises DamagedError if a file of it is not what was written."""
     if not folder.exists():
         return False
     names = [TEXTS, *_documents("validation")]
     if config.tokenizer == "train":
         names.append("tokenizer/tokenizer.json")
-    if not is_streamed(config):
+    if not is_streamed(config, sources):
         names += _documents("train")
     if not verify_manifest(folder, required=names):
         raise DamagedError(f"{folder} has no {MANIFEST}")
@@ -157,13 +170,15 @@ def _alone(config: DataConfig, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _write(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder: Path, bars: Progress) -> list[str]:
+def _write(
+    config: DataConfig, sources: Sources, tokenizer: PreTrainedTokenizerFast | None, folder: Path, bars: Progress
+) -> list[str]:
     """Takes the stages that are not finished; the names of all files that belong to the folder."""
     names = [TEXTS]
     if _is_finished(folder, names):
         texts = read_validation_texts(folder)
     else:
-        texts = _validation_texts(config, bars)
+        texts = _validation_texts(config, sources, bars)
         with (folder / TEXTS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         _vouch(folder, names)
@@ -171,7 +186,7 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder
     if tokenizer is None:
         if not _is_finished(folder, ["tokenizer/tokenizer.json"], ["tokenizer/*"]):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            documents = _without(texts, _read(config, bars, "Training the tokenizer"))
+            documents = _without(texts, _read(config, sources.training, bars, "Training the tokenizer"))
             trained = train_tokenizer(_first(documents, TOKENIZER_TRAINING_CHARACTERS), config.vocab_size)
             try:
                 trained.save_pretrained(folder / "tokenizer")
@@ -189,10 +204,10 @@ def _write(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None, folder
         write_token_documents(tokenize_documents(texts, tokenizer), folder / "validation", len(tokenizer))
         _vouch(folder, names)
 
-    if not is_streamed(config):
+    if not is_streamed(config, sources):
         names += _documents("train")
         if not _is_finished(folder, _documents("train")):
-            _write_training_tokens(config, tokenizer, texts, folder / "train", bars)
+            _write_training_tokens(config, sources, tokenizer, texts, folder / "train", bars)
             _vouch(folder, names)
     return names
 
@@ -218,7 +233,12 @@ def _remove_others(folder: Path, names: Iterable[str]) -> None:
 
 
 def _write_training_tokens(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, held_out: list[str], folder: Path, bars: Progress
+    config: DataConfig,
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[str],
+    folder: Path,
+    bars: Progress,
 ) -> None:
     with TokenJournal(folder, len(tokenizer)) as journal:
         limit = config.max_tokens
@@ -229,7 +249,8 @@ def _write_training_tokens(
         bar = None if limit is None else bars.add_task(label, total=limit, completed=journal.num_tokens)
         if limit is None or journal.num_tokens < limit:
             encoding = encoding_of(tokenizer, map(document_hash, held_out))
-            batches = text_batches(_read_places(config, bars, label if limit is None else "Reading", journal.place))
+            label = label if limit is None else "Reading"
+            batches = text_batches(_read_places(config, sources.training, bars, label, place=journal.place))
             # Closed at once if this is interrupted: a traceback would keep the generator, and it its workers.
             with closing(encode_batches(batches, encoding, config.num_workers)) as results:
                 for batch, encoded in results:
@@ -254,13 +275,13 @@ def _progress_bars(shown: bool) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
 
 
-def _validation_texts(config: DataConfig, bars: Progress) -> list[str]:
-    source = config.validation_source or config.source
-    if config.validation_source is None and not is_hub(source):
-        read = partial(_read, config, bars, "Reading")
+def _validation_texts(config: DataConfig, sources: Sources, bars: Progress) -> list[str]:
+    source = sources.to_validate
+    if sources.validation is None and not source.is_hub:
+        read = partial(_read, config, source, bars, "Reading")
         return hold_out(read, fraction=config.validation_fraction, count=config.validation_documents)
-    limit = config.validation_documents or (HUB_VALIDATION_DOCUMENTS if is_hub(source) else None)
-    return list(islice(_read(config, bars, "Reading validation data", validation=True), limit))
+    limit = config.validation_documents or (HUB_VALIDATION_DOCUMENTS if source.is_hub else None)
+    return list(islice(_read(config, source, bars, "Reading validation data", config.validation_split), limit))
 
 
 def _without(held_out: Iterable[str], documents: Iterable[str]) -> Iterator[str]:
@@ -278,28 +299,26 @@ def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _read(config: DataConfig, bars: Progress, label: str, validation: bool = False) -> Iterator[str]:
-    return (text for text, _ in _read_places(config, bars, label, None, validation))
+def _read(config: DataConfig, source: Source, bars: Progress, label: str, split: str | None = None) -> Iterator[str]:
+    return (text for text, _ in _read_places(config, source, bars, label, split))
 
 
 def _read_places(
-    config: DataConfig, bars: Progress, label: str, place: Any, validation: bool = False
+    config: DataConfig, source: Source, bars: Progress, label: str, split: str | None = None, place: Any = None
 ) -> Iterator[tuple[str, Any]]:
-    """The training source, or the validation source, from a place on, with a bar that counts bytes of local files."""
-    source, subset, split = config.source, config.subset, config.split
-    if validation:
-        source = config.validation_source or source
-        subset = subset if source == config.source else None
-        split = config.validation_split or split
-    files = None if source == BUILTIN else find_files(source)
-    size = sum(path.stat().st_size for path in files) if files else None
+    """A source from a place on, with a bar that counts bytes of local files; of a hub data set `split`, or else the one
+    that is trained on."""
+    files = source.files if source.name != BUILTIN else None
+    try:
+        size = sum(path.stat().st_size for path in files) if files else None
+    except OSError as error:
+        raise PassingError(f"The data file {error.filename!r} cannot be read: {error.strerror or error}.") from error
     bar = bars.add_task(label, total=size)
     yield from read_places(
         source,
         text_field=config.text_field,
         document_separator=config.document_separator,
-        subset=subset,
-        split=split,
+        split=split or config.split,
         advance=partial(bars.advance, bar),
         place=place,
     )

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from moxe.data.build import is_streamed, make_folder, read_validation_texts
+from moxe.data.build import find_sources, is_streamed, make_folder, read_validation_texts
 from moxe.data.config import DataConfig
 from moxe.data.encoding import document_hash
-from moxe.data.hub import hub_documents, hub_revision
+from moxe.data.hub import hub_documents
 from moxe.data.packing import Block, PackedDataset, PackedStream
-from moxe.data.sources import find_files, is_hub
+from moxe.data.sources import Source, Sources
 from moxe.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from moxe.data.tokens import TokenDocuments, tokenize_documents
 from moxe.errors import PassingError, UserError
@@ -106,19 +106,22 @@ def prepare(config: DataConfig, *, seed: int, progress: bool = True) -> Corpus:
         PassingError: for a failure that may pass; the next call goes on from there, as after an interruption.
     """
     start = time.perf_counter()
-    _check(config)
+    sources = find_sources(config)
+    _check(config, sources)
     tokenizer = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
-    folder = Path(os.path.expanduser(config.cache_dir)) / _key(config, tokenizer)
-    cached = make_folder(config, tokenizer, folder, progress)
+    sources = sources.pinned()
+    folder = Path(os.path.expanduser(config.cache_dir)) / _key(config, sources, tokenizer)
+    cached = make_folder(config, sources, tokenizer, folder, progress)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder / "tokenizer")
     texts = read_validation_texts(folder)
     packed = {"sequence_length": config.sequence_length, "pad_token_id": tokenizer.pad_token_id}
     validation = PackedDataset(TokenDocuments(folder / "validation"), **packed)
-    if is_streamed(config):
+    streamed = is_streamed(config, sources)
+    if streamed:
         held_out = frozenset(map(document_hash, texts))
         train_documents = None
-        train = PackedStream(partial(_stream_blocks, config, seed, tokenizer, held_out), **packed)
+        train = PackedStream(partial(_stream_blocks, config, sources.training, seed, tokenizer, held_out), **packed)
     else:
         train_documents = TokenDocuments(folder / "train")
         train = PackedDataset(train_documents, **packed, seed=seed)
@@ -133,27 +136,26 @@ def prepare(config: DataConfig, *, seed: int, progress: bool = True) -> Corpus:
         seconds=time.perf_counter() - start,
         cached=cached,
     )
-    return Corpus(train, validation, tokenizer, texts, statistics, _fingerprint(config, tokenizer, folder))
+    return Corpus(train, validation, tokenizer, texts, statistics, _fingerprint(tokenizer, folder, streamed))
 
 
-def _check(config: DataConfig) -> None:
-    if config.subset is not None and not is_hub(config.source):
+def _check(config: DataConfig, sources: Sources) -> None:
+    if config.subset is not None and not sources.training.is_hub:
         raise UserError(f"data.subset is {config.subset!r}, but the source {config.source!r} is no hub data set.")
-    if config.validation_split is not None and not is_hub(config.validation_source or config.source):
+    if config.validation_split is not None and not sources.to_validate.is_hub:
         raise UserError(
             f"data.validation_split is {config.validation_split!r}, but the validation data come from "
             f"{config.validation_source or config.source!r}, which is no hub data set."
         )
 
 
-def _key(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
+def _key(config: DataConfig, sources: Sources, tokenizer: PreTrainedTokenizerFast | None) -> str:
     """Names the cache folder; equal where the tokens would be."""
     decides = {
         "version": CACHE_VERSION,
-        "source": _content(config.source, config.subset),
+        "source": _content(sources.training),
         "split": config.split,
-        "validation_source": config.validation_source
-        and _content(config.validation_source, config.subset if config.validation_source == config.source else None),
+        "validation_source": sources.validation and _content(sources.validation),
         "validation": [config.validation_split, config.validation_documents, config.validation_fraction],
         "reading": [config.text_field, config.document_separator, config.max_tokens],
         "tokenizer": ["train", config.vocab_size] if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -161,13 +163,12 @@ def _key(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 
 
-def _content(source: str, subset: str | None) -> list[str | None]:
+def _content(source: Source) -> list[str | None]:
     """What a source holds: the kind and hash of each local file, or the revision of a hub data set."""
-    files = find_files(source)
-    if files is None:
-        return [source, subset, hub_revision(source, subset)]
+    if source.files is None:
+        return [source.name, source.subset, source.revision]
     content: list[str | None] = []
-    for path in files:
+    for path in source.files:
         try:
             with path.open("rb") as file:
                 content += [path.suffix, hashlib.file_digest(file, "sha256").hexdigest()]
@@ -176,18 +177,19 @@ def _content(source: str, subset: str | None) -> list[str | None]:
     return content
 
 
-def _fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+def _fingerprint(tokenizer: PreTrainedTokenizerFast, folder: Path, streamed: bool) -> str:
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    parts = ["validation"] if is_streamed(config) else ["validation", "train"]
+    parts = ["validation"] if streamed else ["validation", "train"]
     hashes = [files[f"{part}/{name}"]["sha256"] for part in parts for name in ("tokens.bin", "offsets.npy")]
     # What a stream gives is not here; the name of the folder holds the revision and all settings of reading.
-    stream = folder.name if is_streamed(config) else None
+    stream = folder.name if streamed else None
     decides = [hashes, stream, tokenizer_fingerprint(tokenizer)]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
 def _stream_blocks(
     config: DataConfig,
+    source: Source,
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
     held_out: frozenset[int],
@@ -201,10 +203,11 @@ def _stream_blocks(
     """
     place = place or {"number": 0, "source": None}
     documents = hub_documents(
-        config.source,
-        config.subset,
+        source.name,
+        source.subset,
         config.split,
         config.text_field,
+        revision=source.revision,
         shuffle_seed=[seed, epoch],
         place=place["source"],
     )

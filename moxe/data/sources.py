@@ -5,13 +5,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from moxe.data.builtin import builtin_documents, builtin_files
 from moxe.data.console import reason
-from moxe.data.hub import checked_text, hub_documents
+from moxe.data.hub import checked_text, hub_documents, hub_revision
 from moxe.errors import PassingError, UserError
 
 BUILTIN = "builtin"
@@ -23,6 +24,55 @@ KINDS_OF_SOURCE = (
 
 # Called with the number of bytes of the source that were read since the last call; drives progress bars.
 Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was looked up once, so that all who read it read the same.
+
+    Args:
+        name: as in the recipe.
+        files: that it is read from, sorted; None: it is a data set on the hub.
+        subset: configuration name of a hub data set.
+        revision: of a hub data set; None: the one that the hub gives when reading begins.
+    """
+
+    name: str
+    files: list[Path] | None
+    subset: str | None = None
+    revision: str | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        return self.files is None
+
+    def pinned(self) -> "Source":
+        """With the revision that the hub gives now, if it is on the hub."""
+        return replace(self, revision=hub_revision(self.name, self.subset)) if self.is_hub else self
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What to train on and what to validate on; validation None: a part of the training source is held out."""
+
+    training: Source
+    validation: Source | None
+
+    @property
+    def to_validate(self) -> Source:
+        return self.validation or self.training
+
+    def pinned(self) -> "Sources":
+        """With revisions; a hub data set that is both sources is asked for once."""
+        training = self.training.pinned()
+        if self.validation is None or self.validation == self.training:
+            return Sources(training, self.validation and training)
+        return Sources(training, self.validation.pinned())
+
+
+def find_source(name: str, subset: str | None = None) -> Source:
+    """Looks a source up here; the hub is not asked. Raises as `find_files`."""
+    return Source(name, find_files(name), subset)
 
 
 def read_documents(
@@ -50,10 +100,9 @@ def read_documents(
             when reading comes to it, with the file and the byte, line or row.
     """
     places = read_places(
-        source,
+        find_source(source, subset),
         text_field=text_field,
         document_separator=document_separator,
-        subset=subset,
         split=split,
         advance=advance,
     )
@@ -61,11 +110,10 @@ def read_documents(
 
 
 def read_places(
-    source: str,
+    source: Source,
     *,
     text_field: str,
     document_separator: str,
-    subset: str | None = None,
     split: str = "train",
     advance: Advance | None = None,
     place: Any = None,
@@ -76,20 +124,16 @@ def read_places(
         place: where to go on, as it came with a document of the same source; JSON can say it. None: the beginning.
             Local files are read again up to there.
     """
-    files = None
-    if source != BUILTIN and (files := find_files(source)) is None:
-        return hub_documents(source, subset, split, text_field, place=place)
-    if files is None:
+    if source.files is None:
+        return hub_documents(source.name, source.subset, split, text_field, revision=source.revision, place=place)
+    if source.name == BUILTIN:
         documents: Iterable[str] = builtin_documents()
     else:
-        documents = chain.from_iterable(_read_file(file, text_field, document_separator, advance) for file in files)
+        documents = chain.from_iterable(
+            _read_file(file, text_field, document_separator, advance) for file in source.files
+        )
     numbered = ((text, number) for number, text in enumerate(documents, start=1))
     return islice(numbered, place or 0, None)
-
-
-def is_hub(source: str) -> bool:
-    """Whether a source is the name of a data set on the hub, and no file, folder or glob here."""
-    return source != BUILTIN and find_files(source) is None
 
 
 def find_files(source: str) -> list[Path] | None:

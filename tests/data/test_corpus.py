@@ -1,10 +1,12 @@
 import json
 from itertools import islice
 
+import datasets
 import pytest
 import torch
 
 from moxe.data import corpus as corpus_module
+from moxe.data import sources
 from moxe.data.config import DataConfig
 from moxe.data.corpus import prepare
 from moxe.data.packing import PackedDataset, PackedStream
@@ -121,6 +123,45 @@ def test_a_tokenizer_is_trained_without_the_held_out_documents(config, tmp_path)
     path.write_text("zzzzqqqq " * 100)
     corpus = prepare(config(validation_source=str(path), vocab_size=1000), seed=0)
     assert "zz" not in corpus.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("key", ["source", "tokenizer"])
+def test_the_folder_of_a_user_who_is_not_there_does_not_exist(config, key):
+    with pytest.raises(UserError, match="'~nobody-of-this-name'"):
+        prepare(config(**{key: "~nobody-of-this-name"}), seed=0)
+
+
+def test_a_cache_of_a_user_who_is_not_there_is_a_folder_of_that_name(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(config(cache_dir="~nobody-of-this-name"), seed=0)
+    assert (tmp_path / "~nobody-of-this-name").is_dir()
+
+
+def test_the_files_are_looked_up_once(config, monkeypatch):
+    asked = []
+    find_files = sources.find_files
+    monkeypatch.setattr(sources, "find_files", lambda name: asked.append(name) or find_files(name))
+    prepare(config(), seed=0)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1000])
+def test_every_part_of_a_hub_data_set_is_of_one_revision(hub, config, monkeypatch, max_tokens):
+    asked = []
+    load = datasets.load_dataset_builder
+
+    def remember(name, subset, revision):
+        asked.append(revision)
+        builder = load(name, subset, revision)
+        builder.hash = f"revision {len(asked)}"
+        return builder
+
+    monkeypatch.setattr("datasets.load_dataset_builder", remember)
+    corpus = prepare(config(source="owner/name", validation_documents=1, max_tokens=max_tokens), seed=0)
+    list(islice(corpus.train, 40))
+    assert asked[0] is None
+    assert len(asked) >= 4
+    assert set(asked[1:]) == {"revision 1"}
 
 
 def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moxe.data.sources import find_files, is_hub, read_documents, read_places
+from moxe.data.sources import find_files, find_source, read_documents, read_places
 from moxe.errors import PassingError, UserError
 from tests.data.conftest import HUB_TEXTS, write_parquet
 
@@ -236,11 +236,11 @@ def test_a_file_that_may_not_be_read_is_refused_by_name(tmp_path, monkeypatch):
 
 def test_only_names_with_an_owner_are_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_hub("owner/name")
-    assert not is_hub("builtin")
+    assert find_source("owner/name").is_hub
+    assert not find_source("builtin").is_hub
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "owner" / "name" / "a.txt").write_text("here")
-    assert not is_hub("owner/name")
+    assert not find_source("owner/name").is_hub
     assert [path.name for path in find_files("owner/name") or []] == ["a.txt"]
 
 
@@ -309,7 +309,9 @@ def test_reading_goes_on_from_any_place(tmp_path, name):
         (tmp_path / name).write_text("\n<|endoftext|>\n".join(f"text {i}" for i in range(9)))
     else:
         write_parquet(tmp_path / name, [f"text {i}" for i in range(9)])
-    places = list(read_places(str(tmp_path), text_field="text", document_separator="<|endoftext|>"))
+    places = list(read_places(find_source(str(tmp_path)), text_field="text", document_separator="<|endoftext|>"))
     for number, (_, place) in enumerate(places, start=1):
-        rest = read_places(str(tmp_path), text_field="text", document_separator="<|endoftext|>", place=place)
+        rest = read_places(
+            find_source(str(tmp_path)), text_field="text", document_separator="<|endoftext|>", place=place
+        )
         assert list(rest) == places[number:]

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moxe.cli import main
+from moxe.errors import UserError
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.recipe import setting_types
 
@@ -129,6 +130,19 @@ def test_any_command_line(folder: Path, capsys: pytest.CaptureFixture[str], argv
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_words(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str]):
     check(argv, folder, capsys)
+
+
+@pytest.mark.parametrize(
+    "argv", [["eval", "model", "--data", "~nobody-of-this-name"], ["train", "default", "--data.source", ""]]
+)
+def test_a_path_that_is_none_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str]):
+    check(argv, folder, capsys)
+    assert main(argv) == 2
+    # Where the model is loaded first, that may be what fails; the data must not raise anything else either.
+    from moxe.data.sources import read_documents
+
+    with pytest.raises(UserError, match="'~nobody-of-this-name' does not exist"):
+        read_documents("~nobody-of-this-name", text_field="text", document_separator="")
 
 
 # What does not fit into memory

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moxe.cli import split_overrides
-from moxe.manifest import sync
+from moxe.files import sync
 from moxe.observability.metrics import read_metrics
 from moxe.ops.cpu.allocator import keep_freed_memory
 from moxe.recipe import load_recipe

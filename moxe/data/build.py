@@ -30,7 +30,8 @@ from moxe.data.tokenizer import load_tokenizer, train_tokenizer
 from moxe.data.tokens import cut, encoding_of, text_batches, tokenize_documents, write_token_documents
 from moxe.data.workers import encode_batches
 from moxe.errors import PassingError, UserError
-from moxe.manifest import MANIFEST, DamagedError, sync, verify_manifest, write_manifest
+from moxe.files import sync
+from moxe.manifest import MANIFEST, DamagedError, verify_manifest, write_manifest
 
 # Documents that are held out of a hub data set where the recipe does not say how many.
 HUB_VALIDATION_DOCUMENTS = 1000

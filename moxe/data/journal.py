@@ -17,7 +17,7 @@ import numpy as np
 from moxe.data.encoding import Encoded
 from moxe.data.tokens import write_index
 from moxe.errors import PassingError
-from moxe.manifest import sync
+from moxe.files import sync
 
 # Between two entries; reaching the disk can take a good part of a second.
 SECONDS_BETWEEN_ENTRIES = 2.0

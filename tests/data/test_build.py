@@ -322,10 +322,14 @@ def test_a_cache_that_cannot_be_read_is_left_alone(config, monkeypatch):
     settings = config()
     prepare(settings, seed=0)
     before = cached(settings)
-    unreadable = PassingError("tokens.bin cannot be read: Too many open files")
-    monkeypatch.setattr(build, "verify_manifest", lambda *_, **__: (_ for _ in ()).throw(unreadable))
-    with pytest.raises(PassingError, match="Too many open files"):
-        prepare(settings, seed=0)
+
+    def fail(path, mode):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moxe.manifest.Path.open", fail)
+        with pytest.raises(PassingError, match="Too many open files"):
+            prepare(settings, seed=0)
     assert cached(settings) == before
 
 

@@ -61,7 +61,7 @@ def require() -> None:
 def cache_folder() -> Path:
     """Where compiled libraries are kept, a folder for each user in that of the environment variable MOXE_CACHE, or in
     ~/.cache/moxe, which users may share."""
-    shared = Path(os.environ.get("MOXE_CACHE", "~/.cache/moxe")).expanduser()
+    shared = Path(os.path.expanduser(os.environ.get("MOXE_CACHE") or "~/.cache/moxe"))
     return shared / (f"ops-{os.geteuid()}" if os.name == "posix" else "ops")
 
 

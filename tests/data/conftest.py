@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,3 +92,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_parquet(path: Path, texts: list, column: str = "text") -> None:
     pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path)
+
+
+@pytest.fixture
+def asked_revisions(hub, monkeypatch):
+    """The revisions that the hub is asked for, in order; it has a new one each time."""
+    asked = []
+    load = datasets.load_dataset_builder
+
+    def remember(name, subset, revision):
+        asked.append(revision)
+        builder = load(name, subset, revision)
+        builder.hash = f"revision {len(asked)}"
+        return builder
+
+    monkeypatch.setattr("datasets.load_dataset_builder", remember)
+    return asked

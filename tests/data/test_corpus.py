@@ -1,7 +1,6 @@
 import json
 from itertools import islice
 
-import datasets
 import pytest
 import torch
 
@@ -146,22 +145,12 @@ def test_the_files_are_looked_up_once(config, monkeypatch):
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1000])
-def test_every_part_of_a_hub_data_set_is_of_one_revision(hub, config, monkeypatch, max_tokens):
-    asked = []
-    load = datasets.load_dataset_builder
-
-    def remember(name, subset, revision):
-        asked.append(revision)
-        builder = load(name, subset, revision)
-        builder.hash = f"revision {len(asked)}"
-        return builder
-
-    monkeypatch.setattr("datasets.load_dataset_builder", remember)
+def test_every_part_of_a_hub_data_set_is_of_one_revision(hub, config, asked_revisions, max_tokens):
     corpus = prepare(config(source="owner/name", validation_documents=1, max_tokens=max_tokens), seed=0)
     list(islice(corpus.train, 40))
-    assert asked[0] is None
-    assert len(asked) >= 4
-    assert set(asked[1:]) == {"revision 1"}
+    assert asked_revisions[0] is None
+    assert len(asked_revisions) >= 4
+    assert set(asked_revisions[1:]) == {"revision 1"}
 
 
 def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):

@@ -194,23 +194,13 @@ def test_a_lack_of_memory_is_told_as_such(hub, monkeypatch):
         texts()
 
 
-def test_the_revision_is_that_of_the_first_answer_to_the_end(hub, monkeypatch, waits):
-    asked = []
-    load = datasets.load_dataset_builder
-
-    def remember(name, subset, revision):
-        asked.append(revision)
-        builder = load(name, subset, revision)
-        builder.hash = f"revision {len(asked)}"
-        return builder
-
-    monkeypatch.setattr("datasets.load_dataset_builder", remember)
+def test_the_revision_is_that_of_the_first_answer_to_the_end(hub, asked_revisions, monkeypatch, waits):
     Flaky(monkeypatch, 1, 3)
     assert texts() == HUB_TEXTS
-    assert asked == [None, *["revision 1"] * 3]
-    asked.clear()
+    assert asked_revisions == [None, *["revision 1"] * 3]
+    asked_revisions.clear()
     assert texts(revision="given") == HUB_TEXTS
-    assert asked == ["given"]
+    assert asked_revisions == ["given"]
 
 
 def test_reading_fails_and_opening_fails_count_together(hub, monkeypatch, waits):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moxe.observability.metrics import read_metrics
 from moxe.recipe import Recipe, load_recipe
-from moxe.training.checkpoint import Checkpoints
+from moxe.training.checkpoint import Checkpoints, read_json
 from moxe.training.run import RunResult
 from tests.training.tiny import TINY
 
@@ -86,10 +86,25 @@ def timeless_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """The same weights, optimiser, schedule and random numbers, bit for bit, and the same lines of metrics.jsonl."""
+    """The same weights, optimiser, schedule and random numbers, bit for bit, the same lines of metrics.jsonl, and the
+    same of all else that a checkpoint remembers."""
     assert timeless_metrics(run) == timeless_metrics(expected)
     assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     last, last_expected = Checkpoints(run).all()[0], Checkpoints(expected).all()[0]
     assert last.step == last_expected.step
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         assert (last.path / name).read_bytes() == (last_expected.path / name).read_bytes(), name
+    progress, expected_progress = timeless_progress(last.path), timeless_progress(last_expected.path)
+    if progress["validation_is_due"]:  # at the last step: the checkpoint is from before the validation was made up
+        for name in ("validation_is_due", "best_metric", "best_global_step"):
+            del progress[name], expected_progress[name]
+    assert progress == expected_progress
+
+
+def timeless_progress(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer's checkpoint remembers beside torch's states, without its times and intervals."""
+    progress = read_json(checkpoint / "progress.json")
+    del progress["seconds"], progress["interval"]["seconds"]
+    state = read_json(checkpoint / "trainer_state.json")
+    kept = ("global_step", "epoch", "num_input_tokens_seen", "best_metric", "best_global_step", "max_steps")
+    return {**progress, **{name: state[name] for name in kept}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,18 @@ def test_process_wide_settings_are_restored():
     with process_settings(TrainingConfig(num_threads=2, float32_matmul_precision="medium")):
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "medium")
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_on_a_gpu_alone_operations_can_be_restricted_to_deterministic_ones(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own is kept
+    with process_settings(TrainingConfig(deterministic=True)):
+        assert torch.are_deterministic_algorithms_enabled() == has_gpu
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_data_that_is_refused_leaves_no_run_folder(make_recipe):

@@ -30,6 +30,7 @@ from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import Block, PackedStream
 from moxe.errors import PassingError, Stopped, UserError
 from moxe.manifest import write_manifest
+from moxe.observability import watch
 from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
 from moxe.training.checkpoint import Checkpoint, Checkpoints
@@ -38,7 +39,15 @@ from moxe.training.run_folder import RunFolder
 from moxe.training.signals import stop_signals
 from moxe.training.trainer import MoxETrainer
 from moxe.training.verify_resume import Kill, verify_resume
-from tests.training.runs import ALL_STEPS, Finished, assert_same_run, logged_steps, quiet, timeless_metrics
+from tests.training.runs import (
+    ALL_STEPS,
+    Finished,
+    assert_same_run,
+    logged_steps,
+    quiet,
+    timeless_metrics,
+    timeless_progress,
+)
 
 MakeRecipe = Callable[..., Recipe]
 Send = Callable[[], None]
@@ -225,6 +234,16 @@ def test_a_run_does_not_go_on_with_data_that_have_changed(text_file: Path, make_
     again.data.source = recipe.data.source
     with pytest.raises(UserError, match=r"the data \(or the tokenizer\) have changed since the run in .* was started"):
         train(again, quiet())
+
+
+def test_what_the_watch_of_the_routing_has_seen_is_remembered(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watch, "DEAD_SHARE", 100.0)  # no expert ever gets so much
+    whole = train(make_recipe(name="whole"), quiet()).path
+    recipe = make_recipe(name="parts")
+    stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))
+    train(make_recipe(name="parts"), quiet())
+    assert timeless_progress(whole / "checkpoint-4")["routing_watch"]["low"]
+    assert_same_run(recipe.run_dir, whole)
 
 
 def test_skipped_steps_are_counted_on(make_recipe: MakeRecipe):

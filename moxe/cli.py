@@ -136,13 +136,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if (args.task == "lambada") == (args.data is not None):
         raise UserError("say what to evaluate on: --data FILE_OR_FOLDER, or --task lambada, which brings its own data")
+    if args.task and args.context_length is not None:
+        raise UserError("--context-length is for perplexity: a --task reads each text whole")
     model, tokenizer = load_model(args.checkpoint), load_tokenizer(args.checkpoint)
     result = (evaluate_last_word if args.task else evaluate_perplexity)(
         model,
         itertools.islice(_texts(args), args.limit),
         tokenizer,
         progress=sys.stdout.isatty() and not args.json,
-        **_given(args, "batch_size"),
+        **_given(args, "batch_size", *(() if args.task else ("context_length",))),
     )
     if args.json:
         print_json(result.to_dict())
@@ -400,6 +402,12 @@ With --task: perplexity and accuracy of the last word of each text, as LAMBADA m
         "--task",
         choices=("last_word", "lambada"),
         help="last_word: the last words of the texts of --data; lambada: those of the LAMBADA set on the hub",
+    )
+    sub.add_argument(
+        "--context-length",
+        type=_whole_number(1),
+        metavar="N",
+        help="without --task: windows of N tokens (default: whole documents, which a recurrent model alone can read)",
     )
     sub.add_argument("--batch-size", type=_whole_number(1), metavar="N", help="texts a forward pass, for speed only")
     sub.add_argument("--limit", type=_whole_number(1), metavar="N", help="only the first N texts")

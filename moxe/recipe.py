@@ -1,6 +1,7 @@
 """The one mechanism of configuration: a recipe file and overrides become typed, checked objects.
 
-A recipe is YAML with the sections `model` (names of MoxEConfig), `data` (DataConfig) and `training` (TrainingConfig).
+A recipe is YAML with the sections `model` (an `architecture`, and names of its configuration class, MoxEConfig unless
+another is named), `data` (DataConfig) and `training` (TrainingConfig).
 What it leaves out keeps its default; an override such as `--training.learning_rate 1e-3` wins over both. A name that
 does not exist or a value of another type is refused, never ignored.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import os
 import types
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import PreTrainedConfig
 
 from moxe.data.config import DataConfig
 from moxe.errors import UserError, shown
 from moxe.files import write_whole
-from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.architectures import DEFAULT, Architecture, architecture_named
 from moxe.training.config import TrainingConfig
 
 Overrides = Sequence[tuple[str, str]] | Mapping[str, Mapping[str, Any]]
 
 _SECTIONS = {"data": DataConfig, "training": TrainingConfig}
 _PACKAGED = Path(__file__).parent / "recipes"
-# `vocab_size` has a default in MoxEConfig, but a recipe that does not set it means: whatever the tokenizer has.
+# Every configuration has a default `vocab_size`, but a recipe that does not set it means: whatever the tokenizer has.
 _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -37,13 +38,18 @@ _FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 class Recipe:
     """Everything that decides a run.
 
-    `model` holds the settings of MoxEConfig by name; those in which a tokenizer has a say (`vocab_size` and the ids of
-    special tokens) are there only when the recipe sets them.
+    `model` holds the name of its `architecture` and the settings of that configuration by name; those in which a
+    tokenizer has a say (`vocab_size` and the ids of special tokens) are there only when the recipe sets them.
     """
 
     model: dict[str, Any]
     data: DataConfig
     training: TrainingConfig
+
+    @property
+    def architecture(self) -> Architecture:
+        """What `model.architecture` names."""
+        return architecture_named(self.model["architecture"])
 
     @property
     def name(self) -> str:
@@ -56,7 +62,7 @@ class Recipe:
         """The folder the run writes."""
         return Path(os.path.expanduser(self.training.output_dir)) / self.name
 
-    def model_config(self, vocab_size: int | None = None, **special_tokens: int | None) -> MoxEConfig:
+    def model_config(self, vocab_size: int | None = None, **special_tokens: int | None) -> PreTrainedConfig:
         """The configuration of the model for a tokenizer of `vocab_size` tokens.
 
         Args:
@@ -82,7 +88,7 @@ class Recipe:
                 f"model.vocab_size={settings['vocab_size']} is smaller than the tokenizer, which has {vocab_size} "
                 "tokens: leave model.vocab_size out to take the tokenizer's size"
             )
-        return _build_model_config(settings)
+        return _build_model_config(self.architecture, settings)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The resolved recipe: every setting of every section."""
@@ -116,34 +122,47 @@ def load_recipe(name_or_path: str | Path = "default", overrides: Overrides = ())
     """
     path = _find(str(name_or_path))
     sections = _read(path)
-    for section, values in _nested(overrides).items():
+    architecture = architecture_named(_architecture_name(sections, overrides))
+    for section, values in _nested(overrides, architecture).items():
         sections.setdefault(section, {}).update(values)
 
-    typed = {name: _typed_section(name, values) for name, values in sections.items()}
+    typed = {name: _typed_section(name, values, architecture) for name, values in sections.items()}
     settings = typed.get("training", {})
     if settings.get("name") is None:
         settings["name"] = path.stem
     training = TrainingConfig(**settings)
-    own_defaults = {field.name: field.default for field in dataclasses.fields(MoxEConfig)}
-    model = {key: own_defaults[key] for key in MoxEConfig.setting_names() if key not in _FROM_TOKENIZER}
+    defaults = architecture.setting_defaults()
+    model = {"architecture": architecture.name}
+    model.update((key, value) for key, value in defaults.items() if key not in _FROM_TOKENIZER)
     model.update(typed.get("model", {}))
     recipe = Recipe(model=model, data=DataConfig(**typed.get("data", {})), training=training)
     if "vocab_size" in model or recipe.data.tokenizer == "train":
         recipe.model_config()
     else:
-        _build_model_config(model)
+        _build_model_config(architecture, model)
     return recipe
 
 
-def setting_types(section: str) -> dict[str, Any]:
-    """The keys of a section and the Python type of each, in the order of their definition."""
+def setting_types(section: str, architecture: Architecture | None = None) -> dict[str, Any]:
+    """The keys of a section and the Python type of each, in the order of their definition.
+
+    Args:
+        architecture: whose settings the section `model` takes; None: the default one's.
+    """
     if section == "model":
-        # Only the annotations of the class itself: those it inherits name things that exist for type checkers alone.
-        hints = inspect.get_annotations(MoxEConfig, eval_str=True)
-        return {key: hints[key] for key in MoxEConfig.setting_names()}
+        return {"architecture": str, **(architecture or architecture_named(DEFAULT)).setting_types()}
     if section in _SECTIONS:
         return get_type_hints(_SECTIONS[section])
     raise UserError(_unknown("section", section, ("model", *_SECTIONS)))
+
+
+def _architecture_name(sections: Mapping[str, Mapping[str, Any]], overrides: Overrides) -> Any:
+    """`model.architecture`, which says what else the section `model` may hold; recipes were written before it was."""
+    if isinstance(overrides, Mapping):
+        overridden = _checked_sections(overrides, "the override").get("model", {})
+    else:
+        overridden = {key.removeprefix("model."): value for key, value in overrides if key.startswith("model.")}
+    return overridden.get("architecture", sections.get("model", {}).get("architecture", DEFAULT))
 
 
 def _find(name_or_path: str) -> Path:
@@ -232,7 +251,7 @@ def _checked_sections(content: Any, owner: str) -> Mapping[str, Mapping[str, Any
     return {section: values or {} for section, values in content.items()}
 
 
-def _nested(overrides: Overrides) -> Mapping[str, Mapping[str, Any]]:
+def _nested(overrides: Overrides, architecture: Architecture) -> Mapping[str, Mapping[str, Any]]:
     if isinstance(overrides, Mapping):
         return _checked_sections(overrides, "the override")
     nested: dict[str, dict[str, Any]] = {}
@@ -241,7 +260,7 @@ def _nested(overrides: Overrides) -> Mapping[str, Mapping[str, Any]]:
         if not dot:
             example = "training.learning_rate"
             raise UserError(f"the override {shown(dotted)} must be written as section.key, such as {example}")
-        types_of_keys = setting_types(section)
+        types_of_keys = setting_types(section, architecture)
         if key not in types_of_keys:
             raise UserError(_unknown(f"setting {section}", key, types_of_keys))
         nested.setdefault(section, {})[key] = _from_command_line(f"{section}.{key}", text, types_of_keys[key])
@@ -263,8 +282,8 @@ def _from_command_line(dotted: str, text: str, hint: Any) -> Any:
         raise UserError(_wrong_type(dotted, text, hint)) from None
 
 
-def _typed_section(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    types_of_keys = setting_types(section)
+def _typed_section(section: str, values: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    types_of_keys = setting_types(section, architecture)
     typed = {}
     for key, value in values.items():
         if key not in types_of_keys:
@@ -352,9 +371,9 @@ def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
     return f"there is no {what}{joint}{name}: {hint}"
 
 
-def _build_model_config(settings: dict[str, Any]) -> MoxEConfig:
+def _build_model_config(architecture: Architecture, settings: Mapping[str, Any]) -> PreTrainedConfig:
     try:
-        return MoxEConfig(**settings)
+        return architecture.build_config({key: value for key, value in settings.items() if key != "architecture"})
     except UserError:
         raise
     except ValueError as error:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moxe.errors import UserError
 from moxe.evaluation.scoring import (
     Row,
+    Score,
     check_vocabulary,
     encode,
     evaluation_mode,
@@ -88,27 +89,11 @@ def evaluate_perplexity(
         UserError: nothing to predict; `context_length` missing for a model without a recurrent state, or more than
             its positions; a token outside the model's vocabulary; a batch size or context length below 1.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
-    _check_context_length(model, context_length)
-    sequences: list[Tensor] = []
-    num_bytes = 0
-    start = start_token_id(tokenizer)
-    for document in documents:
-        tokens = encode(tokenizer, document)
-        if tokens:
-            sequences.append(torch.tensor([start, *tokens]))
-            num_bytes += len(document.encode())
-    if not sequences:
-        raise UserError("there is no text to evaluate: all documents are empty")
-    if context_length is None:
-        log_likelihoods = _score_with_state(model, sequences, batch_size, progress)
-    else:
-        rows = [row for sequence in sequences for row in _windows(sequence, context_length)]
-        scores = score_rows(model, rows, batch_size=batch_size, progress=progress, description="perplexity")
-        log_likelihoods = [score.log_likelihood for score in scores]
+    _check_options(model, context_length, batch_size)
+    sequences, num_bytes = _sequences(documents, tokenizer)
+    scores = _score(model, sequences, context_length, batch_size, progress)
     num_tokens = sum(len(sequence) - 1 for sequence in sequences)
-    total = -math.fsum(log_likelihoods)
+    total = -math.fsum(score.log_likelihood for score in scores)
     loss = total / num_tokens
     return PerplexityResult(
         loss=loss,
@@ -120,7 +105,55 @@ def evaluate_perplexity(
     )
 
 
-def _check_context_length(model: PreTrainedModel, context_length: int | None) -> None:
+def score_windows(
+    model: PreTrainedModel,
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int | None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[Score]:
+    """The score of each window of `evaluate_perplexity`, in the order of the documents and of their text.
+
+    Window by window two models can be compared as a pair. With `context_length=None` a window is what a forward takes,
+    `CHUNK_LENGTH` tokens, so its targets are those of the window that `context_length=CHUNK_LENGTH` has in its place:
+    a model whose state is carried pairs with one that sees the window alone.
+
+    Args, Raises: as `evaluate_perplexity`.
+    """
+    _check_options(model, context_length, batch_size)
+    sequences, _ = _sequences(documents, tokenizer)
+    return _score(model, sequences, context_length, batch_size, progress)
+
+
+def _sequences(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tensor], int]:
+    """The tokens of each document that has any, behind the token that predicts the first; and all their bytes."""
+    sequences: list[Tensor] = []
+    num_bytes = 0
+    start = start_token_id(tokenizer)
+    for document in documents:
+        tokens = encode(tokenizer, document)
+        if tokens:
+            sequences.append(torch.tensor([start, *tokens]))
+            num_bytes += len(document.encode())
+    if not sequences:
+        raise UserError("there is no text to evaluate: all documents are empty")
+    return sequences, num_bytes
+
+
+def _score(
+    model: PreTrainedModel, sequences: list[Tensor], context_length: int | None, batch_size: int, progress: bool
+) -> list[Score]:
+    if context_length is None:
+        return _score_with_state(model, sequences, batch_size, progress)
+    rows = [row for sequence in sequences for row in _windows(sequence, context_length)]
+    return score_rows(model, rows, batch_size=batch_size, progress=progress, description="perplexity")
+
+
+def _check_options(model: PreTrainedModel, context_length: int | None, batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     if context_length is None:
         if not isinstance(model, MoxEForCausalLM):
             raise UserError(f"context_length is needed for {type(model).__name__}, which carries no recurrent state")
@@ -141,24 +174,25 @@ def _windows(sequence: Tensor, context_length: int) -> Iterator[Row]:
         predicted = end
 
 
-def _score_with_state(
-    model: PreTrainedModel, sequences: list[Tensor], batch_size: int, progress: bool
-) -> Iterator[float]:
-    """Log-likelihoods of all chunks of all sequences; documents of like length go side by side."""
+def _score_with_state(model: PreTrainedModel, sequences: list[Tensor], batch_size: int, progress: bool) -> list[Score]:
+    """All chunks of all sequences, in their order; sequences of like length go side by side."""
     check_vocabulary(model, sequences)
-    by_length = sorted(sequences, key=len, reverse=True)
+    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
     total = sum(len(sequence) - 1 for sequence in sequences)
+    scores: list[list[Score]] = [[] for _ in sequences]
     with evaluation_mode(model), progress_bar("perplexity", total, shown=progress) as advance:
         for first in range(0, len(by_length), batch_size):
             batch = by_length[first : first + batch_size]
             state = None
-            for begin in range(0, len(batch[0]) - 1, CHUNK_LENGTH):
-                chunks = [sequence[begin : begin + CHUNK_LENGTH + 1] for sequence in batch]
+            for begin in range(0, len(sequences[batch[0]]) - 1, CHUNK_LENGTH):
+                chunks = [sequences[index][begin : begin + CHUNK_LENGTH + 1] for index in batch]
                 input_ids, attention_mask = pad_right([chunk[:-1] for chunk in chunks], model.device)
                 output = model(input_ids=input_ids, attention_mask=attention_mask, cache_params=state, use_cache=True)
                 state = output.cache_params
-                for logits, chunk in zip(output.logits, chunks, strict=True):
+                for index, logits, chunk in zip(batch, output.logits, chunks, strict=True):
                     num_targets = len(chunk) - 1
                     if num_targets > 0:
-                        yield target_scores(logits[:num_targets], chunk[1:].to(logits.device))[0]
+                        of_chunk = target_scores(logits[:num_targets], chunk[1:].to(logits.device))
+                        scores[index].append(Score(*of_chunk, num_targets))
                         advance(num_targets)
+    return [score for of_sequence in scores for score in of_sequence]

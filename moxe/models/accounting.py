@@ -22,17 +22,28 @@ from moxe.modules.router import Router
 from moxe.modules.stacks import StackedBlockLinear, StackedConv, StackedLinear
 
 FLOAT32_BYTES = 4
-# The parts of a model and the names of their modules; those of a layer stand behind "model.layers.<number>.".
+# The parts of the models and the names of their modules; those of a layer stand behind "model.layers.<number>.".
 _MODULES = {
-    "embedding": "model.embed_tokens",
-    "slstm_mixers": "slstm_mixer",
-    "mlstm_mixers": "mlstm_mixer",
-    "routers": "router",
-    "mlstm_experts": "experts.mlstm",
-    "slstm_experts": "experts.slstm",
-    "ffn_experts": "experts.ffn",
-    "final_norm": "model.norm",
-    "head": "lm_head",
+    "embedding": ("model.embed_tokens",),
+    "slstm_mixers": ("slstm_mixer",),
+    "mlstm_mixers": ("mlstm_mixer",),
+    "slstm_blocks": ("slstm",),
+    "mlstm_blocks": ("mlstm",),
+    "attention": ("self_attn",),
+    "feed_forward": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "layer_norms": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "routers": ("router", "mlp.gate"),
+    "mlstm_experts": ("experts.mlstm",),
+    "slstm_experts": ("experts.slstm",),
+    "ffn_experts": ("experts.ffn", "mlp.experts"),
+    "shared_experts": ("mlp.shared_expert", "mlp.shared_expert_gate"),
+    "final_norm": ("model.norm",),
+    "head": ("lm_head",),
 }
 # The parts that are made of blocks, and the blocks' kind.
 _BLOCK_KIND = {
@@ -200,12 +211,12 @@ def _meta_model(config: MoxEConfig) -> MoxEForCausalLM:
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a parameter belongs to, by its name in `MoxEForCausalLM.named_parameters`; "head" is an untied one.
+    """The part that a parameter belongs to, by its name in the model's `named_parameters`; "head" is an untied one.
 
     The parts are those of `ParameterCount`.
     """
     name = re.sub(r"^model\.layers\.\d+\.", "", parameter_name)
-    return next(part for part, module in _MODULES.items() if name.startswith(module + "."))
+    return next(part for part, modules in _MODULES.items() if name.startswith(tuple(f"{m}." for m in modules)))
 
 
 def _blocks_a_layer(config: MoxEConfig) -> dict[str, int]:

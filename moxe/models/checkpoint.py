@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from moxe.errors import UserError, shown
 from moxe.manifest import require_unchanged
-from moxe.models.configuration_moxe import PASSED_BY_TRANSFORMERS, MoxEConfig
-from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.architectures import architecture_of, architecture_of_type, build_model
+from moxe.models.configuration_moxe import PASSED_BY_TRANSFORMERS
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _READ = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -29,12 +29,12 @@ _DTYPES_OF_WEIGHTS = ("F32", "F64", "BF16", "F16")  # the same in the words of s
 _WITHOUT_EFFECT = {field.name for field in dataclasses.fields(PreTrainedConfig)} | PASSED_BY_TRANSFORMERS
 
 
-def load_config(folder: str | Path) -> MoxEConfig:
+def load_config(folder: str | Path) -> PreTrainedConfig:
     """The configuration in a checkpoint folder.
 
     Raises:
-        UserError: no such folder, no config.json in it, one that is not of a MoxE model, or not the one in the folder's
-            manifest.
+        UserError: no such folder, no config.json in it, one that is of no architecture that moxe has, or not the one
+            in the folder's manifest.
     """
     return _load_config(_existing(folder), ("config.json",))
 
@@ -48,22 +48,23 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
-def _load_config(folder: Path, files_to_verify: tuple[str, ...]) -> MoxEConfig:
+def _load_config(folder: Path, files_to_verify: tuple[str, ...]) -> PreTrainedConfig:
     present = [path.name for pattern in files_to_verify for path in folder.glob(pattern)]
     require_unchanged(folder, files_to_verify, required=present)  # one that is not listed was put there later
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is not a checkpoint: it holds no config.json")
     settings = _read_json(path)
-    model_type = settings.get("model_type")
-    if model_type != MoxEConfig.model_type:
-        raise UserError(f"{path} has model_type {shown(model_type)}, but a MoxE model has {MoxEConfig.model_type!r}")
+    try:
+        architecture = architecture_of_type(settings.get("model_type"))
+    except UserError as error:
+        raise UserError(f"{path} is of no model that moxe has: {error}") from None
     dtype = settings.get("dtype", settings.get("torch_dtype"))
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"{path} is not valid: dtype={shown(dtype)} is not one of: {', '.join(_DTYPES)}")
     of_model = {name: value for name, value in settings.items() if not _is_of_transformers(name)}
     try:
-        return MoxEConfig(**of_model, dtype=dtype)
+        return architecture.build_config({**of_model, "dtype": dtype})
     except ValueError as error:
         raise UserError(f"{path} is not valid: {error}") from None
 
@@ -84,7 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(folder: str | Path, *, device: str | torch.device | None = None) -> MoxEForCausalLM:
+def load_model(folder: str | Path, *, device: str | torch.device | None = None) -> Any:
     """The model in a checkpoint folder, in evaluation mode.
 
     `from_pretrained` gives random values to weights it does not find; here they are refused. What the files hold is
@@ -108,7 +109,7 @@ def load_model(folder: str | Path, *, device: str | torch.device | None = None) 
     try:
         _check_headers(folder, files, config)
         with _quiet_transformers():
-            model = MoxEForCausalLM.from_pretrained(
+            model = architecture_of(config).model_class.from_pretrained(
                 folder, config=config, generation_config=_generation_config(folder), use_safetensors=True
             )
     except (SafetensorError, OSError) as error:
@@ -145,10 +146,10 @@ def _files_of_index(path: Path) -> list[str]:
     return sorted(set(places.values()))
 
 
-def _check_headers(folder: Path, files: list[str], config: MoxEConfig) -> None:
+def _check_headers(folder: Path, files: list[str], config: PreTrainedConfig) -> None:
     """By their headers, the files hold the weights that the configuration asks for, each in a dtype of weights."""
     with torch.device("meta"):
-        model = MoxEForCausalLM(config)
+        model = build_model(config)
     expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     found: set[str] = set()
     misfit = f"the weights in {str(folder)!r} do not fit its config.json:"

@@ -9,7 +9,7 @@ the model every tensor is packed [N, D], and `Segments` says which tokens form a
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from moxe.models.cache import Continuation, MoxECache
 from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.packed import PackedTokens, check_vocabulary, next_labels, pack_tokens
 from moxe.modules.experts import Experts, ReadState, WriteState
 from moxe.modules.feed_forward import FeedForwardBlocks
 from moxe.modules.losses import RouterLosses, router_losses
@@ -62,51 +63,6 @@ class MoxECausalLMOutput(ModelOutput):
     z_loss: Tensor | None = None
     load_balancing_loss: Tensor | None = None
     routing: tuple[RouterOutput, ...] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTokens:
-    """The real tokens of a [B, S] call, row by row."""
-
-    shape: tuple[int, int]
-    column: Tensor | None  # [N] places in the flattened [B * S]; None when every column is a token
-    cu_seqlens: Tensor  # [G + 1] first token of each sequence, host
-    row: Tensor  # [G] row of each sequence, host
-
-    @cached_property
-    def sequences(self) -> Segments:
-        return Segments(self.cu_seqlens)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, S, ...] -> [N, ...]."""
-        flat = x.reshape(-1, *x.shape[2:])
-        return flat if self.column is None else flat.index_select(0, self.column)
-
-    def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
-        """[N, ...] -> [B, S, ...]; other columns hold `fill`."""
-        if self.column is not None:
-            full = x.new_full((self.shape[0] * self.shape[1], *x.shape[1:]), fill)
-            x = full.index_copy(0, self.column, x)
-        return x.unflatten(0, self.shape)
-
-
-def pack_tokens(input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> PackedTokens:
-    """Finds the real tokens and the sequences they form: one a row, or one a document of a row."""
-    batch, length = input_ids.shape
-    keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool().flatten().nonzero()
-    column = None if keep is None else keep.flatten()
-    if column is None and length == 1:
-        return PackedTokens((batch, length), None, torch.arange(batch + 1), torch.arange(batch))
-    place = torch.arange(batch * length, device=input_ids.device) if column is None else column
-    row = place // max(length, 1)
-    begins = torch.ones_like(place, dtype=torch.bool)
-    begins[1:] = row[1:] != row[:-1]
-    if document_ids is not None:
-        document = document_ids.flatten()[place]
-        begins[1:] |= document[1:] != document[:-1]
-    first = begins.nonzero().flatten()
-    cu_seqlens = torch.cat([first.cpu(), torch.tensor([len(place)])])
-    return PackedTokens((batch, length), column, cu_seqlens, row[first].cpu())
 
 
 class MoxELayer(nn.Module):
@@ -309,7 +265,7 @@ class MoxEModel(MoxEPreTrainedModel):
                     f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(other.shape)}"
                 )
         tokens = pack_tokens(input_ids, attention_mask, document_ids)
-        _check_vocabulary("token id", tokens.pack(input_ids), self.config.vocab_size)
+        check_vocabulary("token id", tokens.pack(input_ids), self.config.vocab_size)
         return tokens
 
     def run(
@@ -423,6 +379,8 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The Trainer then leaves the division by the number of targets of the whole batch to `forward`.
     accepts_loss_kwargs = True
+    # The loss (equation 21) and its terms, by their names in the output.
+    loss_terms = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
 
     def __init__(self, config: MoxEConfig) -> None:
         super().__init__(config)
@@ -485,8 +443,8 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         hidden, cache, routing = self.model.run(tokens, input_ids, document_ids, cache_params, use_cache)
         losses: dict[str, Tensor] = {}
         if labels is not None:
-            targets = _next_labels(tokens.pack(labels), tokens.sequences)
-            _check_vocabulary("label", targets[targets != IGNORED], self.config.vocab_size)
+            targets = next_labels(tokens.pack(labels), tokens.sequences)
+            check_vocabulary("label", targets[targets != IGNORED], self.config.vocab_size)
             losses = self._losses(hidden, targets, routing, num_items_in_batch)
         logits = None
         if logits_to_keep:
@@ -569,22 +527,6 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """There are no keys and values to cache: `forward` makes the state itself."""
         return False
-
-
-def _check_vocabulary(what: str, ids: Tensor, size: int) -> None:
-    lowest, highest = ids.aminmax() if len(ids) else (0, 0)
-    if lowest < 0 or highest >= size:
-        outside = ids[(ids < 0) | (ids >= size)]
-        raise ValueError(f"{what} {int(outside[0])} is outside the vocabulary: ids run from 0 to {size - 1}")
-
-
-def _next_labels(labels: Tensor, sequences: Segments) -> Tensor:
-    """[N] the label of the next token of the same sequence, -100 for a sequence's last token."""
-    targets = torch.full_like(labels, IGNORED)
-    targets[:-1] = labels[1:]
-    last = sequences.cu_seqlens[1:] - 1
-    targets[last.to(labels.device)] = IGNORED
-    return targets
 
 
 def _unpack_routing(tokens: PackedTokens, routing: RouterOutput) -> RouterOutput:

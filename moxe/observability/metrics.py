@@ -3,7 +3,8 @@
 Training line: step, epoch, tokens (read so far), learning_rate, loss and its terms (means over the steps since the
 last line; skipped steps count), gradient_norm (before clipping, of the last step),
 gradient_norms (the same by part of the model; the squares add up), skipped_steps (since the beginning of the run),
-tokens_per_second, layers (one object of RoutingStatistics a layer). Validation line: step, epoch, tokens,
+tokens_per_second, layers (one object of RoutingStatistics a layer; none for a model without routers). A term that the
+model's loss does not have is left out. Validation line: step, epoch, tokens,
 validation_loss and the terms as validation_lm_loss and so on (means over the held-out tokens), validation_tokens,
 validation_layers.
 """
@@ -17,9 +18,6 @@ from typing import Any
 
 from moxe.errors import UserError
 from moxe.files import write_whole
-
-# The loss (equation 21) and its terms, by their names in the model's output.
-LOSS_TERMS = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
 
 
 class MetricsFile:

@@ -47,7 +47,8 @@ def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
     """Draw the pictures of the run whose metrics.jsonl this is.
 
     Returns:
-        The files written: losses.png, utilisation.png, routing.png, gradients.png in `output_dir`.
+        The files written: losses.png, utilisation.png, routing.png, gradients.png in `output_dir`; of a model without
+        routers the first and the last.
 
     Raises:
         UserError: if there is no such file, or no training line in it.
@@ -61,11 +62,9 @@ def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
         raise UserError(f"{metrics_path} holds no training line to draw")
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "losses.png": _draw_losses(training, validation),
-        "utilisation.png": _draw_utilisation(training),
-        "routing.png": _draw_routing(training),
-    }
+    figures = {"losses.png": _draw_losses(training, validation)}
+    if training[0]["layers"]:
+        figures |= {"utilisation.png": _draw_utilisation(training), "routing.png": _draw_routing(training)}
     if "gradient_norms" in training[-1]:
         figures["gradients.png"] = _draw_gradients(training)
     return [_save(figure, output_dir / name) for name, figure in figures.items()]
@@ -162,7 +161,7 @@ def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
             _column(training, "step"),
             [record.get("gradient_norms", {}).get(part, math.nan) for record in training],
             color=color,
-            marker=_MARKERS[index],
+            marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
             markevery=max(1, len(training) // 12),
             linewidth=1.5,

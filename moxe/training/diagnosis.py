@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moxe.models.accounting import part_of
-from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.modules.experts import Experts
 from moxe.modules.mlstm import MLSTMBlocks
 from moxe.modules.slstm import SLSTMBlocks
@@ -54,7 +53,7 @@ class Diagnosis:
     is_in_weights: bool = False
 
 
-def diagnose(model: MoxEForCausalLM, batches: Sequence[Mapping[str, Tensor]], losses: Mapping[str, float]) -> Diagnosis:
+def diagnose(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], losses: Mapping[str, float]) -> Diagnosis:
     """Where a step that is not finite went wrong.
 
     Of several processes each looks at its own batches; only one of them may find the place.
@@ -76,7 +75,7 @@ def diagnose(model: MoxEForCausalLM, batches: Sequence[Mapping[str, Tensor]], lo
     return Diagnosis(_describe_gradients(model))
 
 
-def _describe_parameter(model: MoxEForCausalLM, name: str) -> str:
+def _describe_parameter(model: nn.Module, name: str) -> str:
     """How many numbers of a parameter are not finite, and of which experts and gates."""
     wrong = ~torch.isfinite(model.get_parameter(name).detach())
     count = int(wrong.sum())
@@ -96,7 +95,7 @@ def _describe_parameter(model: MoxEForCausalLM, name: str) -> str:
     return f"{count:,} of the {wrong.numel():,} numbers of {name} ({', '.join(places)})"
 
 
-def _first_in_forward(model: MoxEForCausalLM, batch: Mapping[str, Tensor]) -> str:
+def _first_in_forward(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     """The first module, in the order they run, whose output is not finite in the forward pass of a batch; or ""."""
     outputs: dict[str, Any] = {}
 
@@ -125,7 +124,7 @@ class _NotFiniteError(Exception):
     """Ends a forward pass at the module that its text describes."""
 
 
-def _describe_module(model: MoxEForCausalLM, name: str, args: tuple[Any, ...], outputs: Mapping[str, Any]) -> str:
+def _describe_module(model: nn.Module, name: str, args: tuple[Any, ...], outputs: Mapping[str, Any]) -> str:
     """Place and name of a module whose output is not finite; inside a block, of the gate or cell that gave its input.
 
     q, k, v, the gates and the cell are no modules: they are computed again from what the block's modules gave.
@@ -151,7 +150,7 @@ def _describe_module(model: MoxEForCausalLM, name: str, args: tuple[Any, ...], o
     return f"{_place(parent)}, {wrong} ({parent})"
 
 
-def _describe_gradients(model: MoxEForCausalLM) -> str:
+def _describe_gradients(model: nn.Module) -> str:
     """The parameters whose gradients are not finite, those nearest to the loss first."""
     with_gradient = [(name, p.grad) for name, p in reversed(list(model.named_parameters())) if p.grad is not None]
     broken = [name for name, gradient in with_gradient if not _is_finite(gradient)]

@@ -14,12 +14,18 @@ from moxe.training.config import TrainingConfig
 # skips, the gates of both cells and the sLSTM's recurrent matrices (whose scale decides what is remembered), and the
 # difficulty head (a single output, trained as a regression).
 _DECAYED_MODULES = {"up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "router", "lm_head"}
+# The same in the models of transformers: an attention's output, the gated feed-forward's second input, a router, and
+# the gate of a shared expert. Their experts are parameters of one module.
+_DECAYED_MODULES |= {"o_proj", "gate_proj", "gate", "shared_expert_gate"}
+_DECAYED_EXPERTS = {"gate_up_proj", "down_proj"}
 
 
 def decays_weight(name: str) -> bool:
     """Whether the parameter called `name` (as in `named_parameters`) is decayed."""
     *_, module, parameter = ("", *name.split("."))
-    return parameter == "weight" and module in _DECAYED_MODULES
+    return (parameter == "weight" and module in _DECAYED_MODULES) or (
+        module == "experts" and parameter in _DECAYED_EXPERTS
+    )
 
 
 def decayed_parameter_names(names: Iterable[str]) -> list[str]:

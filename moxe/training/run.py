@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.utils import logging as transformers_logging
 
 from moxe.data.baselines import text_baselines
@@ -25,7 +25,7 @@ from moxe.data.packing import PackedStream
 from moxe.errors import Stopped, UserError
 from moxe.evaluation.generation import generate_text
 from moxe.evaluation.perplexity import evaluate_perplexity
-from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.architectures import build_model
 from moxe.observability.metrics import MetricsFile
 from moxe.observability.plots import draw_run
 from moxe.ops.backend import resolve_backend
@@ -80,7 +80,8 @@ def _leave_alone(folder: RunFolder, evaluation: dict[str, Any], console: Console
 def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals, console: Console | None) -> RunResult:
     training = recipe.training
     arguments = training_arguments(recipe)
-    backend = resolve_backend(recipe.model["backend"], arguments.device.type)  # before anything is written
+    # Before anything is written. A model of transformers has no backend; of ours it uses the cross-entropy alone.
+    backend = resolve_backend(recipe.model.get("backend", "auto"), arguments.device.type)
     is_main = arguments.process_index == 0
     console = (console or run_console()) if is_main else Console(quiet=True)
     with arguments.main_process_first():
@@ -92,7 +93,7 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
     config = recipe.model_config(len(tokenizer), **special_tokens)
     recipe.model.update({name: getattr(config, name) for name in ("vocab_size", *special_tokens)})
     set_seed(training.seed)
-    model = MoxEForCausalLM(config)
+    model = build_model(config)
     with folder.locked() if is_main else nullcontext():
         if evaluation := folder.finished_evaluation(recipe):  # by another process, while this one prepared
             return _leave_alone(folder, evaluation, console)
@@ -135,10 +136,10 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
                 "tokens": trainer.state.num_input_tokens_seen,
                 "seconds": trainer.seconds(),
             },
-            **_evaluate(trained, corpus, training, console),
+            **_evaluate(trained, corpus, recipe, console),
         }
         write_json(folder.evaluation_path, evaluation)
-    _print_report(evaluation, folder, plots, console)
+    _print_report(recipe.architecture.label, evaluation, folder, plots, console)
     return RunResult(folder.path, evaluation)
 
 
@@ -233,11 +234,19 @@ def _require_reporters(training: TrainingConfig) -> None:
             raise UserError(f"training.report_to={reporter} needs the package {reporter}: pip install {reporter}")
 
 
-def _evaluate(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig, console: Console) -> dict[str, Any]:
-    """The held-out documents under the model and under the baselines, and a sample of generated text."""
-    show = console.is_terminal
+def _evaluate(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """The held-out documents under the model and under the baselines, and a sample of generated text.
+
+    A recurrent model reads each document with its state carried; any other sees windows as long as it was trained on.
+    """
+    training = recipe.training
     result = evaluate_perplexity(
-        model, corpus.validation_texts, corpus.tokenizer, batch_size=training.batch_size, progress=show
+        model,
+        corpus.validation_texts,
+        corpus.tokenizer,
+        context_length=None if recipe.architecture.is_ours else recipe.data.sequence_length,
+        batch_size=training.batch_size,
+        progress=console.is_terminal,
     )
     train_documents = None if isinstance(corpus.train, PackedStream) else corpus.train.documents
     baselines = text_baselines(train_documents, corpus.validation.documents, corpus.validation_texts)
@@ -249,7 +258,7 @@ def _evaluate(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig, 
     }
 
 
-def _sample(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig) -> dict[str, str] | None:
+def _sample(model: PreTrainedModel, corpus: Corpus, training: TrainingConfig) -> dict[str, str] | None:
     if not training.sample_tokens:
         return None
     prompt = training.sample_prompt or " ".join(corpus.validation_texts[0][:80].split()[:8])
@@ -266,7 +275,7 @@ def _sample(model: MoxEForCausalLM, corpus: Corpus, training: TrainingConfig) ->
 
 
 def _print_start(
-    model: MoxEForCausalLM, corpus: Corpus, folder: RunFolder, checkpoint: Checkpoint | None, console: Console
+    model: PreTrainedModel, corpus: Corpus, folder: RunFolder, checkpoint: Checkpoint | None, console: Console
 ) -> None:
     statistics = corpus.statistics
     tokens = "a stream" if statistics.train_tokens is None else f"{statistics.train_tokens:,} tokens"
@@ -280,7 +289,9 @@ def _print_start(
         _say(console, f"going on after step {checkpoint.step:,}")
 
 
-def _print_report(evaluation: dict[str, Any], folder: RunFolder, plots: list[Path], console: Console) -> None:
+def _print_report(
+    label: str, evaluation: dict[str, Any], folder: RunFolder, plots: list[Path], console: Console
+) -> None:
     training, validation = evaluation["training"], evaluation["validation"]
     minutes = training["seconds"] / 60
     _say(console, f"{training['steps']:,} steps on {training['tokens']:,} tokens; {minutes:.1f} minutes of training")
@@ -288,7 +299,7 @@ def _print_report(evaluation: dict[str, Any], folder: RunFolder, plots: list[Pat
     table.add_column(f"{validation['bytes']:,} bytes of held-out text")
     table.add_column("nats a token", justify="right")
     table.add_column("bits a byte", justify="right")
-    table.add_row("MoxE", f"{validation['loss']:.3f}", f"{validation['bits_per_byte']:.3f}", style="bold")
+    table.add_row(label, f"{validation['loss']:.3f}", f"{validation['bits_per_byte']:.3f}", style="bold")
     for name, baseline in evaluation["baselines"].items():
         if baseline is not None:
             table.add_row(name, f"{baseline['nats_per_token']:.3f}", f"{baseline['bits_per_byte']:.3f}")
@@ -302,7 +313,7 @@ def _print_report(evaluation: dict[str, Any], folder: RunFolder, plots: list[Pat
     files = {
         "model.safetensors": "the model, with config.json and tokenizer.json beside it: moxe generate, moxe eval",
         folder.recipe_path.name: "every setting of this run",
-        folder.metrics_path.name: "every loss term and the routing of every layer",
+        folder.metrics_path.name: "every loss term, and the routing of every layer with a router",
         folder.evaluation_path.name: "the numbers above",
         "plots/": ", ".join(path.name for path in plots),
     }

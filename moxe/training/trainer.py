@@ -1,5 +1,8 @@
 """MoxETrainer: transformers' Trainer with every loss term and the routing of every layer in its logs.
 
+It trains every architecture of a recipe. Terms that a model does not have are left out, and a model without routers has
+no layers to report.
+
 Legend: B rows of a batch, S tokens a row.
 """
 
@@ -8,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,13 +25,13 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from moxe.data.packing import PackedStream
 from moxe.errors import UserError
-from moxe.models.modeling_moxe import MoxECausalLMOutput, MoxEForCausalLM, pack_tokens
-from moxe.observability.metrics import LOSS_TERMS, MetricsFile
+from moxe.models.packed import pack_tokens
+from moxe.observability.metrics import MetricsFile
 from moxe.observability.routing import RoutingMeter, RoutingStatistics
 from moxe.observability.watch import RoutingWatch
 from moxe.training.callbacks import LastStep, Throughput
@@ -43,18 +46,19 @@ from moxe.training.tokens import require_known_tokens
 
 
 class LossMeter:
-    """Adds up the terms of the loss over forward passes."""
+    """Adds up the terms of the loss, by their names in the output, over forward passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Sequence[str]) -> None:
+        self.terms = tuple(terms)
         self.reset()
 
     def reset(self) -> None:
-        self.sums = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)  # on the CPU
+        self.sums = torch.zeros(len(self.terms), dtype=torch.float64)  # on the CPU
 
-    def add(self, outputs: MoxECausalLMOutput, *, loss_weight: float, router_weight: float) -> Tensor:
+    def add(self, outputs: Any, *, loss_weight: float, router_weight: float) -> Tensor:
         """What was added; `loss_weight` is that of the whole loss and of the language-model loss."""
-        values = torch.stack([getattr(outputs, term).detach() for term in LOSS_TERMS]).cpu().double()
-        weights = [loss_weight if term in ("loss", "lm_loss") else router_weight for term in LOSS_TERMS]
+        values = torch.stack([getattr(outputs, term).detach() for term in self.terms]).cpu().double()
+        weights = [loss_weight if term in ("loss", "lm_loss") else router_weight for term in self.terms]
         added = values * torch.tensor(weights, dtype=torch.float64)
         self.sums += added
         return added
@@ -65,7 +69,7 @@ class ValidationStopped(Exception):
 
 
 class MoxETrainer(Trainer):
-    """Trains a MoxE.
+    """Trains a MoxE, or a model that is compared with it (`moxe.models.architectures`).
 
     The gradient of one optimiser step is that of the whole batch, however many micro-batches it comes in: the
     language-model loss is the sum over target tokens divided by the number of targets of the whole step, exactly. The
@@ -79,7 +83,7 @@ class MoxETrainer(Trainer):
     def __init__(
         self,
         *,
-        model: MoxEForCausalLM,
+        model: Any,
         training: TrainingConfig,
         metrics: MetricsFile | None = None,
         checkpoints: Checkpoints | None = None,
@@ -91,6 +95,7 @@ class MoxETrainer(Trainer):
         """As Trainer, with what a run brings.
 
         Args:
+            model: a model of one of the architectures; `loss_terms` names what its output holds.
             training: the recipe's section.
             metrics: the file to write metrics to; None in all processes but the first.
             checkpoints: where to save; None: nowhere.
@@ -111,9 +116,10 @@ class MoxETrainer(Trainer):
         self.say = say or (lambda sentence: None)
         self.guard, self.routing_watch = UpdateGuard(training), RoutingWatch()
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients
+        self.loss_terms: tuple[str, ...] = model.loss_terms
         self._begin_step()
-        num_experts = model.config.num_experts
-        self.interval_losses, self.interval_routing = LossMeter(), RoutingMeter(num_experts)
+        num_experts = getattr(model.config, "num_experts", 0)
+        self.interval_losses, self.interval_routing = LossMeter(self.loss_terms), RoutingMeter(num_experts)
         self.validation_routing = RoutingMeter(num_experts)
         self.throughput = Throughput()
         self.add_callback(self.throughput)
@@ -138,10 +144,10 @@ class MoxETrainer(Trainer):
 
     def _begin_step(self) -> None:
         self.step_batches: list[dict[str, Tensor]] = []
-        self.step_losses = torch.zeros(len(LOSS_TERMS), dtype=torch.float64)  # on the CPU
+        self.step_losses = torch.zeros(len(self.loss_terms), dtype=torch.float64)  # on the CPU
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        assert isinstance(self.model, MoxEForCausalLM)
+        assert isinstance(self.model, PreTrainedModel)
         name = f"the batch of step {self.state.global_step + 1}" if self.model.training else "a batch of the validation"
         require_known_tokens(inputs, self.model.config.vocab_size, name)
         return super()._prepare_inputs(inputs)
@@ -166,7 +172,8 @@ class MoxETrainer(Trainer):
             share = count_targets(inputs) / max(1, int(num_items_in_batch))
             self.step_losses += self.interval_losses.add(outputs, loss_weight=1.0, router_weight=share)
             self.step_batches.append(inputs)
-            self.interval_routing.add(outputs.routing, inputs.get("attention_mask"))
+            if outputs.routing:
+                self.interval_routing.add(outputs.routing, inputs.get("attention_mask"))
         return (loss, outputs) if return_outputs else loss
 
     # Update
@@ -177,7 +184,7 @@ class MoxETrainer(Trainer):
         Returns:
             The norm before clipping.
         """
-        assert isinstance(self.model, MoxEForCausalLM)
+        assert isinstance(self.model, PreTrainedModel)
         self.norms = gradient_norms(self.model)
         norm = total_norm(self.norms)
         if not self._may_update(norm.item()):
@@ -197,9 +204,9 @@ class MoxETrainer(Trainer):
         Raises:
             UserError: if the run is to stop.
         """
-        assert isinstance(self.model, MoxEForCausalLM)
+        assert isinstance(self.model, PreTrainedModel)
         step = self.state.global_step + 1
-        losses: dict[str, float] = dict(zip(LOSS_TERMS, self._reduce(self.step_losses).tolist(), strict=True))
+        losses: dict[str, float] = dict(zip(self.loss_terms, self._reduce(self.step_losses).tolist(), strict=True))
         verdict = self.guard.judge(losses, norm)
         if verdict.cause == "nonfinite":
             diagnosis = diagnose(self.model, self.step_batches, losses)
@@ -256,7 +263,7 @@ class MoxETrainer(Trainer):
     def _interval_losses(self, steps: int) -> dict[str, float]:
         """Each term of the loss, averaged over the `steps` since the last line."""
         means = self._reduce(self.interval_losses.sums) / steps
-        return dict(zip(LOSS_TERMS, means.tolist(), strict=True))
+        return dict(zip(self.loss_terms, means.tolist(), strict=True))
 
     def _statistics(self, meter: RoutingMeter) -> list[RoutingStatistics]:
         if meter.sums is not None:
@@ -297,7 +304,7 @@ class MoxETrainer(Trainer):
         if not self.accelerator._models:  # validation without training: not prepared yet
             self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model = self.model_wrapped.eval()
-        losses = LossMeter()
+        losses = LossMeter(self.loss_terms)
         self.validation_routing.reset()
         num_targets = num_rows = 0
         for inputs in dataloader:
@@ -308,12 +315,13 @@ class MoxETrainer(Trainer):
                 outputs = model(**inputs, output_router_logits=True, logits_to_keep=1)
             count = count_targets(inputs)
             losses.add(outputs, loss_weight=count, router_weight=count)
-            self.validation_routing.add(outputs.routing, inputs.get("attention_mask"))
+            if outputs.routing:
+                self.validation_routing.add(outputs.routing, inputs.get("attention_mask"))
             num_targets += count
             num_rows += len(inputs["input_ids"])
         total = int(self._reduce(torch.tensor(num_targets)))
         means = (self._reduce(losses.sums) / total).tolist()
-        metrics = {f"{metric_key_prefix}_{term}": mean for term, mean in zip(LOSS_TERMS, means, strict=True)}
+        metrics = {f"{metric_key_prefix}_{term}": mean for term, mean in zip(self.loss_terms, means, strict=True)}
         metrics[f"{metric_key_prefix}_tokens"] = total
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=num_rows)
 
@@ -327,7 +335,7 @@ class MoxETrainer(Trainer):
             "epoch": self.state.epoch,
             "tokens": self.state.num_input_tokens_seen,
         }
-        for term in (*LOSS_TERMS, "tokens"):
+        for term in (*self.loss_terms, "tokens"):
             if f"eval_{term}" in metrics:
                 record[f"validation_{term}"] = metrics[f"eval_{term}"]
         record["validation_layers"] = [asdict(layer) for layer in self._statistics(self.validation_routing)]

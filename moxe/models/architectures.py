@@ -1,0 +1,168 @@
+"""The architectures that a recipe can name: of each its configuration, its model, and what a recipe may set."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Union, cast, get_args, get_origin
+
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
+from transformers.activations import ACT2FN
+
+from moxe.errors import UserError, shown
+from moxe.models.baselines import Gemma2ForCausalLM, LlamaForCausalLM, Qwen2MoeForCausalLM
+from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.modeling_moxe import MoxEForCausalLM
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `model.architecture` of a recipe stands for.
+
+    Args:
+        name: as a recipe writes it.
+        label: as a report writes it.
+        config_class, model_class: of transformers, or of the same make.
+        left_out: settings of the configuration class that a recipe does not have.
+    """
+
+    name: str
+    label: str
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is made of the blocks of moxe, which carry a recurrent state and have a backend."""
+        return not issubclass(self.config_class, (Gemma2Config, LlamaConfig, Qwen2MoeConfig))
+
+    def setting_types(self) -> dict[str, Any]:
+        """The names that the `model` section may set beside `architecture`, and the Python type of each.
+
+        They are the fields that the configuration class itself declares, but for `left_out` and those that hold a
+        structure.
+        """
+        # Only the annotations of the class itself: those it inherits name things that exist for type checkers alone.
+        hints = inspect.get_annotations(self.config_class, eval_str=True)
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        own = [field.name for field in dataclasses.fields(self.config_class) if field.name not in inherited]
+        return {name: hints[name] for name in own if name not in self.left_out and _is_plain(hints[name])}
+
+    def setting_defaults(self) -> dict[str, Any]:
+        """What each of `setting_types` is where a recipe does not set it."""
+        of_class = {field.name: field.default for field in dataclasses.fields(self.config_class)}
+        return {name: of_class[name] for name in self.setting_types()}
+
+    def build_config(self, settings: Mapping[str, Any]) -> Any:
+        """The configuration with these settings; what they leave out has the default of the class.
+
+        Raises:
+            ValueError: for a value that the model cannot have, naming it.
+        """
+        try:
+            config = self.config_class(**settings)
+        except ValueError:
+            raise
+        except Exception as error:  # those of transformers have no base but Exception; the last line is the sentence
+            raise ValueError(str(error).strip().splitlines()[-1].strip().rpartition("Error: ")[2]) from None
+        if not self.is_ours:
+            _check_sizes(config, self.setting_types())
+        return config
+
+
+_ALL = (
+    Architecture("moxe", "MoxE", MoxEConfig, MoxEForCausalLM),
+    Architecture("gemma2", "Gemma 2", Gemma2Config, Gemma2ForCausalLM),
+    Architecture(
+        "qwen2_moe",
+        "Qwen1.5-MoE",
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        # Training always asks for them, to have the routers' loss; generation in transformers fails where they are on.
+        left_out=("output_router_logits",),
+    ),
+    Architecture("llama", "Llama", LlamaConfig, LlamaForCausalLM),
+)
+ARCHITECTURES = {architecture.name: architecture for architecture in _ALL}
+DEFAULT = "moxe"
+
+# Far beyond any model, so that no product of two sizes overflows where memory is asked for.
+_LARGEST_SIZE = 2**24
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
+
+
+def architecture_named(name: Any) -> Architecture:
+    """The architecture that a recipe calls `name`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise UserError(f"model.architecture={shown(name)} must be one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The architecture that a configuration is of.
+
+    Raises:
+        UserError: if it is of none.
+    """
+    return architecture_of_type(config.model_type)
+
+
+def architecture_of_type(model_type: Any) -> Architecture:
+    """The architecture whose config.json says this `model_type`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for architecture in _ALL:
+        if architecture.config_class.model_type == model_type:
+            return architecture
+    known = ", ".join(architecture.config_class.model_type for architecture in _ALL)
+    raise UserError(f"model_type {shown(model_type)} is not one of: {known}")
+
+
+def build_model(config: PreTrainedConfig) -> Any:
+    """A model with fresh weights, as `training` makes it."""
+    return cast(Any, architecture_of(config).model_class)(config)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a recipe can write a value of this type: a number, text, a yes or no, null, or a list of those."""
+    if get_origin(hint) in (Union, types.UnionType, list):
+        return all(_is_plain(kind) for kind in get_args(hint))
+    return hint in (int, float, str, bool, types.NoneType)
+
+
+def _check_sizes(config: Any, setting_types: Mapping[str, Any]) -> None:
+    """What the configurations of transformers let pass and their models then fail on."""
+    for name, hint in setting_types.items():
+        value = getattr(config, name)
+        is_size = hint is int or name in ("head_dim", "num_key_value_heads")
+        if is_size and (value is None or not 1 <= value <= _LARGEST_SIZE):
+            raise ValueError(f"{name}={shown(value)} must be from 1 to {_LARGEST_SIZE}")
+        if name in _ACTIVATIONS and value not in ACT2FN:
+            raise ValueError(f"{name}={shown(value)} is not one of: {', '.join(sorted(ACT2FN))}")
+    if config.model_type == "qwen2_moe" and config.num_experts_per_tok > config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} is not divisible by "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
+    head_size = head_dim(config)
+    if head_size % 2:
+        raise ValueError(f"head_dim={head_size} is odd: rotary positions turn its numbers in pairs")
+
+
+def head_dim(config: Any) -> int:
+    """Size of an attention head of a model of transformers."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

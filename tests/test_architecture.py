@@ -26,6 +26,7 @@ LAYERS = (
     {"moxe"},
     {"data", "evaluation", "observability"},
     {"recipe", "training", "benchmarks", "doctor"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
 )

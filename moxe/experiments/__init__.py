@@ -1,0 +1,1 @@
+"""The paper's experiments: statistics over seeds, the judgement of its claims, the report."""

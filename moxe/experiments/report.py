@@ -1,0 +1,111 @@
+"""The report of the experiments: the numbers, the paper's tables, the figures, and one page that holds it all."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from moxe.experiments.figures import Drawing, Undrawn, draw_figures
+from moxe.experiments.results_file import write_results
+from moxe.experiments.summary_tables import Section, build_sections
+from moxe.files import write_whole
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def write_report(results: dict[str, Any], out: Path) -> list[Path]:
+    """Write results.json, table1.md, table2.md (with all further sections), figures/ and report.html.
+
+    report.html is one file that asks for nothing else: it opens without a network, in the light or the dark.
+
+    Args:
+        results: with the statistics of `moxe.experiments.statistics.add_statistics`.
+        out: the folder; made if it is not there. Files of an earlier report are replaced.
+
+    Returns:
+        The files written.
+    """
+    sections = build_sections(results)
+    drawings, undrawn = draw_figures(results)
+    page = _page(results, sections, drawings, undrawn)
+    figures = out / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for figure in undrawn:
+        for ending in ("png", "svg"):
+            (figures / f"{figure.name}.{ending}").unlink(missing_ok=True)
+    contents: dict[Path, str | bytes] = {
+        out / "table1.md": "\n".join(section.to_markdown() for section in sections if section.name == "table1"),
+        out / "table2.md": "\n".join(section.to_markdown() for section in sections if section.name != "table1"),
+        **{figures / f"{drawing.name}.png": drawing.png for drawing in drawings},
+        **{figures / f"{drawing.name}.svg": drawing.svg for drawing in drawings},
+        out / "report.html": page,
+    }
+    write_results(results, out / "results.json")
+    for path, content in contents.items():
+        write_whole(path, content)
+    return [out / "results.json", *contents]
+
+
+def _page(results: dict[str, Any], sections: list[Section], drawings: list[Drawing], undrawn: list[Undrawn]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=_facts(results),
+        claims=results["claims"],
+        sections=sections,
+        drawings=drawings,
+        undrawn=undrawn,
+        methods=_methods(results["margins"]),
+        tone=_tone,
+        data_uri=_data_uri,
+    )
+
+
+def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was run, on what and where."""
+    data, lambada = results["data"], results["data"]["lambada"]
+    guessing = "; ".join(
+        f"{kind}: {known['nats_per_token']:.4f} nats a token, {known['bits_per_byte']:.4f} bits a byte"
+        for kind, known in results["guessing"].items()
+    )
+    return [
+        ("scale", results["scale"]),
+        ("seeds", ", ".join(map(str, results["seeds"]))),
+        ("training text", data["source"]),
+        ("validation text", data["validation"] or "held out from the training text"),
+        ("last words", f"{lambada['source']}, {lambada['examples']:,} examples" if lambada else "not measured"),
+        ("a run", f"{data['tokens_a_run']:,} tokens in sequences of {data['sequence_length']:,}"),
+        ("vocabulary", f"{data['vocab_size']:,}"),
+        ("guessing", guessing),
+        ("machine", ", ".join(f"{name} {value}" for name, value in results["machine"].items())),
+        ("moxe", results["moxe"]),
+        ("command", results["command"]),
+    ]
+
+
+def _methods(margins: dict[str, float]) -> list[str]:
+    return [
+        "The unit of replication is the seed: it fixes the initial weights and the order of the data for every row "
+        "alike, so rows are compared in pairs of one seed. Intervals are Student's, of 95%; one seed has none.",
+        "A row is better or worse than full MoxE if the paired t-test, corrected after Holm over the rows of its "
+        "section, has a p below 5%; equivalent if two one-sided tests show at 5% that the difference is within the "
+        f"margin: {margins['validation_loss']:g} nats a token, {margins['bits_per_byte']:g} bits a byte, "
+        f"{margins['lambada_perplexity']:.0%} of the perplexity of a last word, "
+        f"{margins['lambada_token_perplexity']:.0%} of that of a last token, {margins['lambada_accuracy']:g} of the "
+        f"accuracy, {margins['tokens_per_second']:.0%} of the speed. "
+        "Otherwise no difference was found, which is not to say that there is none: see what was detectable.",
+        "Perplexities and speeds are averaged and compared as logarithms. Runs that diverged, failed or are missing "
+        "enter no mean; they are listed, and a row without its diverged runs looks better than it is.",
+    ]
+
+
+def _tone(text: str) -> str:
+    if text.startswith(("better", "holds")):
+        return "good"
+    return "bad" if text.startswith(("worse", "does not hold")) else ""
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,317 @@
+"""The tables of the report as rows of text, and as Markdown; the page shows the same text."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moxe.experiments.measures import MEASURES, Measure, diverged, peak_memory
+from moxe.experiments.wall_clock import members_of
+
+_NOTHING = "–"  # noqa: RUF001
+_MEASURES = {measure.key: measure for measure in MEASURES}
+_TITLES = {
+    "table1": "Table 1: the four models",
+    "table2": "Table 2: MoxE with one part removed",
+    "ours": "Beside the paper: our baselines",
+    "options": "Options of the model",
+    "gamma": "The strength of the bias",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to read.
+
+    Args:
+        title: what stands above it.
+        columns, rows: its text; the first column names the row.
+        note: what stands below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def to_markdown(self) -> str:
+        lines = [_markdown_row(self.columns), "|---" * len(self.columns) + "|", *map(_markdown_row, self.rows)]
+        return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
+
+
+@dataclass(frozen=True)
+class Section:
+    """The tables of one part of the experiments, and what did not come to its end there."""
+
+    name: str
+    title: str
+    tables: list[Table]
+    unfinished: list[str] = field(default_factory=list)
+
+    def to_markdown(self) -> str:
+        parts = [f"## {self.title}", *(table.to_markdown() for table in self.tables)]
+        if self.unfinished:
+            bullets = [f"- {_markdown_text(sentence)}" for sentence in self.unfinished]
+            parts.append("\n".join(["### Runs without a number", "", *bullets]))
+        return "\n\n".join(parts) + "\n"
+
+
+def build_sections(results: dict[str, Any]) -> list[Section]:
+    """The sections in the order of their first rows, Table 1 and Table 2 in front.
+
+    Args:
+        results: with the statistics of `moxe.experiments.statistics.add_statistics`.
+    """
+    names = dict.fromkeys(row["section"] for row in results["rows"])
+    front = [name for name in ("table1", "table2") if name in names]
+    return [_section(results, name) for name in dict.fromkeys([*front, *names])]
+
+
+def _section(results: dict[str, Any], name: str) -> Section:
+    rows = members_of(results["rows"], name)
+    tables = [_loss_table(results, rows), _cost_table(results, name, rows), _settings_table(rows)]
+    if any(row["summary"][key]["n"] for row in rows for key in _MEASURES if key.startswith("lambada")):
+        tables.insert(1, _last_word_table(results, rows))
+    if any(row["tuning"] for row in rows):
+        tables.append(_tuning_table(rows))
+    unfinished = [sentence for row in rows for sentence in _unfinished(row)]
+    return Section(name, _TITLES.get(name, name), tables, unfinished)
+
+
+def _loss_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    measure = _MEASURES["validation_loss"]
+    margin = results["margins"]["validation_loss"]
+    columns = [
+        "model",
+        "seeds",
+        "validation loss, nats a token",
+        "difference to MoxE",
+        "verdict",
+        "Holm p",
+        f"p of equivalence within {margin:g}",
+        "detectable",
+        "bits a byte",
+    ]
+    table = []
+    for row in rows:
+        compared = row["against_moxe"].get(measure.key)
+        table.append(
+            [
+                row["label"],
+                _seeds(row),
+                _mean(row, measure.key),
+                _difference(compared, measure),
+                *_judgement(compared, measure),
+                _mean(row, "bits_per_byte"),
+            ]
+        )
+    note = (
+        "Mean over seeds ± half its 95% t-interval; differences are paired by seed. Holm's p is over the rows of a "
+        "section; detectable is the true difference found with 80% power at this number of seeds and this spread."
+    )
+    return Table("Validation loss", columns, table, note)
+
+
+def _last_word_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    word, token = _MEASURES["lambada_perplexity"], _MEASURES["lambada_token_perplexity"]
+    columns = [
+        "model",
+        "seeds",
+        "perplexity of the last word",
+        "the paper's",
+        "times that of MoxE",
+        "the paper's times",
+        "verdict",
+        "Holm p",
+        f"p of equivalence within {results['margins'][word.key]:.0%}",
+        "detectable",
+        "perplexity of the last token",
+        "times that of MoxE",
+        "verdict",
+        "accuracy",
+        "difference to MoxE",
+        "verdict",
+    ]
+    accuracy = _MEASURES["lambada_accuracy"]
+    table = []
+    for row in rows:
+        against = row["against_moxe"]
+        paper = row["paper"]
+        change = paper.get("change_percent")
+        table.append(
+            [
+                row["label"],
+                _count(row, word.key),
+                _mean(row, word.key),
+                _NOTHING if paper.get("lambada_perplexity") is None else f"{paper['lambada_perplexity']:,.2f}",
+                _difference(against.get(word.key), word),
+                _NOTHING if change is None else f"{1 + change / 100:.2f}",
+                *_judgement(against.get(word.key), word),
+                _mean(row, token.key),
+                _difference(against.get(token.key), token),
+                _verdict(against.get(token.key)),
+                _mean(row, accuracy.key),
+                _difference(against.get(accuracy.key), accuracy),
+                _verdict(against.get(accuracy.key)),
+            ]
+        )
+    note = "Perplexities: geometric mean over seeds with its 95% interval, compared by ratios."
+    return Table("Last words (LAMBADA)", columns, table, note)
+
+
+def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, Any]]) -> Table:
+    labels = {row["name"]: row["label"] for row in results["rows"]}
+    common = results["equal_time"][section]
+    finished = {point["name"]: point for point in common["finished"]}
+    columns = [
+        "model",
+        "parameters",
+        "the paper's",
+        "active",
+        "active FLOPs a token",
+        "tokens/s alone",
+        "tokens/s in training",
+        "peak memory, MB",
+        "seconds a run",
+        *(f"loss when {labels[at['row']]} had finished ({at['seconds']:,.0f} s)" for at in common["at"]),
+        "on the front",
+    ]
+    table = []
+    for row in rows:
+        paper = row["paper"].get("parameters")
+        point = finished.get(row["name"])
+        peak = peak_memory(row)
+        table.append(
+            [
+                row["label"],
+                f"{row['parameters']:,}",
+                _NOTHING if paper is None else f"{paper / 1e6:g}M",
+                f"{row['active_parameters']:,}",
+                f"{row['flops_per_token']:,}",
+                f"{row['speed']['tokens_per_second']:,.0f}" if row.get("speed") else _NOTHING,
+                _mean(row, "tokens_per_second"),
+                _NOTHING if peak is None else f"{peak / 1e6:,.0f}",
+                f"{point['seconds']:,.0f}" if point else _NOTHING,
+                *(_plus_minus(at["losses"].get(row["name"]), 4) for at in common["at"]),
+                ("yes" if point["on_front"] else "no") if point else _NOTHING,
+            ]
+        )
+    note = (
+        "Losses at a common time are read off a row's own curve, where its learning rate is not annealed: that "
+        "flatters the rows that had finished, the fast ones. A row is on the front if none is both as fast and as good."
+    )
+    return Table("Size, cost and loss at equal time", columns, table, note)
+
+
+def _settings_table(rows: Sequence[dict[str, Any]]) -> Table:
+    def settings(row: dict[str, Any]) -> str:
+        return ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "the defaults"
+
+    table = [[row["label"], settings(row), f"{row['learning_rate']:g}", row["note"]] for row in rows]
+    return Table("Settings", ["model", "settings", "learning rate", "note"], table)
+
+
+def _tuning_table(rows: Sequence[dict[str, Any]]) -> Table:
+    def tried(row: dict[str, Any]) -> str:
+        return "; ".join(f"{one['learning_rate']:g}: {_number(one['validation_loss'], 4)}" for one in row["tuning"])
+
+    tuned = [[row["label"], f"{row['learning_rate']:g}", tried(row)] for row in rows if row["tuning"]]
+    return Table("Learning rates tried", ["model", "chosen", "tried, with the validation loss"], tuned)
+
+
+def _unfinished(row: dict[str, Any]) -> list[str]:
+    sentences = []
+    for run in row["runs"]:
+        if run["status"] != "done":
+            why = f": {run['error']}" if run.get("error") else ""
+            sentences.append(f"{row['label']}, seed {run['seed']}: {run['status']}{why}")
+        elif diverged(run):
+            sentences.append(f"{row['label']}, seed {run['seed']}: diverged, its loss is {run['validation_loss']:g}")
+    return sentences
+
+
+def _seeds(row: dict[str, Any]) -> str:
+    counts = row["counts"]
+    others = [f"{counts[kind]} {kind}" for kind in ("diverged", "failed", "missing") if counts[kind]]
+    return f"{counts['done']} of {len(row['runs'])} ({', '.join(others)})" if others else f"{counts['done']}"
+
+
+def _count(row: dict[str, Any], key: str) -> str:
+    return f"{row['summary'][key]['n']}"
+
+
+def _mean(row: dict[str, Any], key: str) -> str:
+    measure, summary = _MEASURES[key], row["summary"][key]
+    if not summary["n"]:
+        return _NOTHING
+    if not measure.logarithmic:
+        return _plus_minus(summary, measure.digits)
+    return _number(summary["mean"], measure.digits) + _interval(summary, lambda value: _number(value, measure.digits))
+
+
+def _plus_minus(summary: dict[str, Any] | None, digits: int) -> str:
+    if summary is None:
+        return _NOTHING
+    half = "" if summary["low"] is None else f" ± {_number((summary['high'] - summary['low']) / 2, digits)}"
+    return f"{_number(summary['mean'], digits)}{half}"
+
+
+def _difference(compared: dict[str, Any] | None, measure: Measure) -> str:
+    if compared is None or compared["mean"] is None:
+        return _NOTHING
+
+    def show(value: float) -> str:
+        return f"{value:,.3f}" if measure.logarithmic else f"{value:+.{measure.digits}f}"
+
+    return show(compared["mean"]) + _interval(compared, show)
+
+
+def _interval(value: dict[str, Any], show: Callable[[float], str]) -> str:
+    return "" if value["low"] is None else f" [{show(value['low'])}, {show(value['high'])}]"
+
+
+def _judgement(compared: dict[str, Any] | None, measure: Measure) -> list[str]:
+    """Verdict, Holm's p, the p of equivalence and what could have been found."""
+    if compared is None:
+        return [_NOTHING] * 4
+    detectable = compared["detectable"]
+    times = " times" if measure.logarithmic else ""
+    return [
+        _verdict(compared),
+        _p_value(compared["holm_p"]),
+        _p_value(compared["equivalence_p"]),
+        _NOTHING
+        if detectable is None
+        else f"{_number(detectable, 3 if measure.logarithmic else measure.digits)}{times}",
+    ]
+
+
+def _verdict(compared: dict[str, Any] | None) -> str:
+    if compared is None:
+        return _NOTHING
+    return f"not tested: {compared['why_untested']}" if compared["why_untested"] else compared["verdict"]
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return _NOTHING
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return _NOTHING
+    return f"{value:,.{digits}f}" if math.isfinite(value) else f"{value:g}"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_markdown_text, cells)) + " |"
+
+
+def _markdown_text(text: str) -> str:
+    """Inert: no markup of HTML, no link, no further cell, no further line."""
+    escaped = html.escape(text, quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("](", "]\\(")
+    return " ".join(escaped.split())

@@ -121,7 +121,7 @@ def _told(row: dict[str, Any], key: str) -> str:
     if comparison["mean"] is None:
         return f"{row['label']}: no {_SHORT[key]}"
     ratio = comparison["kind"] == "ratio"
-    show = (lambda value: f"{value:.3g}") if ratio else (lambda value: f"{value:+.4f}")
+    show = "{:,.3f}".format if ratio else "{:+z.4f}".format
     interval = "" if comparison["low"] is None else f" [{show(comparison['low'])}, {show(comparison['high'])}]"
     amount = f"{show(comparison['mean'])}{interval}{' times' if ratio else ' nats'}"
     p = "" if comparison["holm_p"] is None else f", Holm p {comparison['holm_p']:.2g}"
@@ -234,7 +234,7 @@ def _saving(
         return _claim(claim, UNMEASURED, "it was not measured for MoxE and another model of Table 1")
     words = [f"{1 - own / theirs:+.1%} against {row['label']}" for row, theirs in known]
     holds = all(1 - own / theirs >= part for _, theirs in known)
-    because = f"saved {', '.join(words)} (needed: {part:+.1%}; one measurement each)"
+    because = f"saved {', '.join(words)} (needed: {part:+.1%}; point estimates)"
     if holds and len(known) < len(rivals):
         return _claim(claim, UNMEASURED, f"{because}; not every model of Table 1 was measured")
     return _claim(claim, HOLDS if holds else FAILS, because)

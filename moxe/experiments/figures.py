@@ -312,8 +312,8 @@ def _draw_gamma(results: dict[str, Any]) -> _Picture:
     told = [f"{label}, gamma {gamma:g}: {_with_interval(shift._asdict(), _signed)}" for gamma, label, shift in points]
     return _Picture(
         figure,
-        "Mean paired difference in validation loss to full MoxE by gamma, with 95% intervals; the band is the margin of "
-        f"{margin:g} nats: {'; '.join(told)}.",
+        "Mean paired difference in validation loss to full MoxE by gamma, with 95% intervals; the band is the margin "
+        f"of {margin:g} nats: {'; '.join(told)}.",
         f"Dots with intervals: difference in validation loss to full MoxE at {len(points)} values of gamma.",
     )
 
@@ -470,7 +470,7 @@ def _loss(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+    return f"{value:+z.4f}"
 
 
 def _with_interval(value: dict[str, Any], show: Callable[[float], str]) -> str:

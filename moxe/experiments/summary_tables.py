@@ -264,7 +264,7 @@ def _difference(compared: dict[str, Any] | None, measure: Measure) -> str:
         return _NOTHING
 
     def show(value: float) -> str:
-        return f"{value:,.3f}" if measure.logarithmic else f"{value:+.{measure.digits}f}"
+        return f"{value:,.3f}" if measure.logarithmic else f"{value:+z.{measure.digits}f}"
 
     return show(compared["mean"]) + _interval(compared, show)
 

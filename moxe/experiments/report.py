@@ -68,7 +68,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     data, lambada = results["data"], results["data"]["lambada"]
     guessing = "; ".join(
         f"{kind}: {known['nats_per_token']:.4f} nats a token, {known['bits_per_byte']:.4f} bits a byte"
-        for kind, known in results["guessing"].items()
+        for kind, known in sorted(results["guessing"].items())
     )
     return [
         ("scale", results["scale"]),
@@ -79,7 +79,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("a run", f"{data['tokens_a_run']:,} tokens in sequences of {data['sequence_length']:,}"),
         ("vocabulary", f"{data['vocab_size']:,}"),
         ("guessing", guessing),
-        ("machine", ", ".join(f"{name} {value}" for name, value in results["machine"].items())),
+        ("machine", ", ".join(f"{name} {value}" for name, value in sorted(results["machine"].items()))),
         ("moxe", results["moxe"]),
         ("command", results["command"]),
     ]

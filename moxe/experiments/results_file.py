@@ -50,7 +50,7 @@ def read_results(path: Path) -> dict[str, Any]:
 def _plain(value: Any, way: list[str | int], found: list[dict[str, Any]]) -> Any:
     """The value in JSON's types; what is not finite goes to `found` with the way to it."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner, [*way, str(key)], found) for key, inner in value.items()}
+        return {str(key): _plain(inner, [*way, str(key)], found) for key, inner in sorted(value.items(), key=str)}
     if isinstance(value, list | tuple | np.ndarray):
         return [_plain(inner, [*way, index], found) for index, inner in enumerate(value)]
     if isinstance(value, np.generic):

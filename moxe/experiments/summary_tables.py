@@ -208,7 +208,7 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
 
 def _settings_table(rows: Sequence[dict[str, Any]]) -> Table:
     def settings(row: dict[str, Any]) -> str:
-        return ", ".join(f"{key}={value}" for key, value in row["settings"].items()) or "the defaults"
+        return ", ".join(f"{key}={value}" for key, value in sorted(row["settings"].items())) or "the defaults"
 
     table = [[row["label"], settings(row), f"{row['learning_rate']:g}", row["note"]] for row in rows]
     return Table("Settings", ["model", "settings", "learning rate", "note"], table)

@@ -1,1 +1,1 @@
-"""The paper's experiments: statistics over seeds, the judgement of its claims, the report."""
+"""What a trained model is asked beyond its loss: experiments that put the parts below together."""

@@ -152,6 +152,36 @@ def evaluate(args: argparse.Namespace) -> None:
         print_table(f"{args.checkpoint} on {args.data or args.task}", ("", ""), list(result.to_dict().items()))
 
 
+def analyse(args: argparse.Namespace) -> None:
+    from moxe.data.tokenizer import load_tokenizer
+    from moxe.experiments.analysis import analyse_routing
+    from moxe.files import write_whole
+    from moxe.models.checkpoint import load_model
+    from moxe.observability.analysis_plots import draw_analysis
+    from moxe.observability.reading import tables
+
+    analysis = analyse_routing(
+        load_model(args.checkpoint),
+        _texts(args),
+        load_tokenizer(args.checkpoint),
+        progress=sys.stdout.isatty() and not args.json,
+        **_given(args, "max_tokens", "context_length", "batch_size", "seed"),
+    )
+    folder = args.out or Path(os.path.expanduser(args.checkpoint)) / "analysis"
+    pictures = draw_analysis(analysis, folder)
+    numbers = folder / "analysis.json"
+    write_whole(numbers, json.dumps(analysis.to_dict(), indent=1) + "\n")
+    if args.json:
+        print_json(analysis.to_dict())
+        return
+    print(f"{analysis.tokens:,} tokens of {args.data}: {analysis.documents:,} documents, {analysis.blocks:,} blocks")
+    print(f"loss {analysis.loss:.4f} nats a token; in brackets: 95% intervals\n")
+    for table in tables(analysis):
+        print_table(table.title, table.header, table.rows)
+        print("\n".join(["", *table.readings, ""]))
+    print("written: " + ", ".join(map(str, [numbers, *pictures])))
+
+
 def _texts(args: argparse.Namespace) -> Iterator[str]:
     from moxe.data.sources import read_documents
     from moxe.evaluation.last_word import LAMBADA
@@ -336,6 +366,7 @@ examples:
   moxe train default                                    train on text that ships with Python
   moxe train local-text --data.source corpus.txt        train on your own text
   moxe eval runs/default --data corpus.txt              perplexity and bits a byte
+  moxe analyse runs/default --data corpus.txt           whether the routing does what the theory says
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
   moxe doctor                                           which backends are here, and whether they are right
@@ -385,19 +416,7 @@ Without --task: loss (nats a token), perplexity and bits a byte over all tokens 
 With --task: perplexity and accuracy of the last word of each text, as LAMBADA measures them.""",
     )
     _add_checkpoint(sub)
-    sub.add_argument("--data", metavar="FILE_OR_FOLDER", help="text to evaluate on: .txt, .jsonl or .parquet")
-    sub.add_argument(
-        "--text-field",
-        default=DataConfig.text_field,
-        metavar="NAME",
-        help="field (.jsonl) or column (.parquet) that holds the text (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--document-separator",
-        default=DataConfig.document_separator,
-        metavar="LINE",
-        help="line that ends a document of a .txt file (default: %(default)s)",
-    )
+    _add_text(sub, required=False)
     sub.add_argument(
         "--task",
         choices=("last_word", "lambada"),
@@ -412,6 +431,31 @@ With --task: perplexity and accuracy of the last word of each text, as LAMBADA m
     sub.add_argument("--batch-size", type=_whole_number(1), metavar="N", help="texts a forward pass, for speed only")
     sub.add_argument("--limit", type=_whole_number(1), metavar="N", help="only the first N texts")
     _add_json(sub)
+
+    sub = command(
+        "analyse",
+        analyse,
+        "see whether the routing of a model does what the theory says",
+        """\
+By layer: how the odds of group M follow the difficulty, beside 2 gamma; what the difficulty goes with; whether rare
+tokens go to mLSTM experts; the load. Writes analysis.json and pictures; docs/analysis.md explains every number.""",
+    )
+    _add_checkpoint(sub)
+    _add_text(sub, required=True)
+    sub.add_argument(
+        "--tokens", dest="max_tokens", type=_whole_number(1), metavar="N", help="tokens to analyse (default: 20000)"
+    )
+    sub.add_argument(
+        "--context-length",
+        type=_whole_number(1),
+        metavar="N",
+        help="tokens after which the model begins anew, as in training (default: only with a new document)",
+    )
+    sub.add_argument("--batch-size", type=_whole_number(1), metavar="N", help="texts a forward pass, for speed only")
+    sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="of the resampling behind the intervals")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: CHECKPOINT/analysis)")
+    _add_json(sub)
+    sub.set_defaults(task=None)
 
     sub = command("generate", generate, "write on from a prompt, as the model goes")
     _add_checkpoint(sub)
@@ -480,6 +524,24 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained model, such as runs/default")
 
 
+def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--data", required=required, metavar="FILE_OR_FOLDER", help="text to read: .txt, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--text-field",
+        default=DataConfig.text_field,
+        metavar="NAME",
+        help="field (.jsonl) or column (.parquet) that holds the text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--document-separator",
+        default=DataConfig.document_separator,
+        metavar="LINE",
+        help="line that ends a document of a .txt file (default: %(default)s)",
+    )
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -538,5 +600,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         print("  ".join([name.strip().ljust(widths[0]), *numbers]))
 
 
-def _readable(number: float) -> str:
+def _readable(number: float | str) -> str:
+    if isinstance(number, str):
+        return number
     return f"{number:,}" if isinstance(number, int) else f"{number:,.4f}"

@@ -3,30 +3,24 @@
 losses.png: every term of the loss over training, as in the paper's Figure 3. utilisation.png: the load of every expert
 of every layer, as in Figure 8. routing.png: difficulty, router entropy and the share of the mLSTM experts, by layer.
 gradients.png: the norm of the gradient of each part of the model, where the lines hold it.
-Colours are told apart with any colour vision (Okabe and Ito's palette; viridis for depth).
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from moxe.errors import UserError
+from moxe.observability.figures import BLUE, GREY, MARKERS, ORANGE, grid, save
 from moxe.observability.metrics import read_metrics
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
-_GROUP_M, _GROUP_S = _BLUE, _ORANGE
-_MARKERS = "osD^vP*X<>"
+_GROUP_M, _GROUP_S = BLUE, ORANGE
 # Title and key of each panel of losses.png.
 _LOSS_PANELS = (
     ("Cross-entropy (nats a token)", "lm_loss"),
@@ -67,19 +61,19 @@ def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
         figures |= {"utilisation.png": _draw_utilisation(training), "routing.png": _draw_routing(training)}
     if "gradient_norms" in training[-1]:
         figures["gradients.png"] = _draw_gradients(training)
-    return [_save(figure, output_dir / name) for name, figure in figures.items()]
+    return [save(figure, output_dir / name) for name, figure in figures.items()]
 
 
 def _draw_losses(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
     panels = [panel for panel in _LOSS_PANELS if panel[1] in training[0]]
-    figure, axes = _grid(len(panels) + 1, columns=3)
+    figure, axes = grid(len(panels) + 1, columns=3, xlabel="step")
     for axis, (title, key) in zip(axes, panels, strict=False):
-        axis.plot(_column(training, "step"), _column(training, key), color=_BLUE, label="training", linewidth=1.5)
+        axis.plot(_column(training, "step"), _column(training, key), color=BLUE, label="training", linewidth=1.5)
         if validation:
             axis.plot(
                 _column(validation, "step"),
                 _column(validation, f"validation_{key}"),
-                color=_ORANGE,
+                color=ORANGE,
                 label="validation",
                 marker="o",
                 markersize=4,
@@ -88,7 +82,7 @@ def _draw_losses(training: list[dict[str, Any]], validation: list[dict[str, Any]
         axis.set_title(title)
     axes[0].legend(frameon=False)
     last = axes[len(panels)]
-    last.plot(_column(training, "step"), _column(training, "gradient_norm"), color=_GREY, linewidth=1.5)
+    last.plot(_column(training, "step"), _column(training, "gradient_norm"), color=GREY, linewidth=1.5)
     last.set_title("Gradient norm before clipping")
     last.set_ylim(bottom=0)
     return figure
@@ -101,7 +95,7 @@ def _draw_utilisation(training: list[dict[str, Any]]) -> Figure:
     num_experts = len(training[0]["layers"][0]["load"])
     names = [f"{'M' if expert < num_experts / 2 else 'S'}{expert}" for expert in range(num_experts)]
     colors = [*_shades(_GROUP_M, num_experts // 2), *_shades(_GROUP_S, num_experts - num_experts // 2)]
-    figure, axes = _grid(num_layers, columns=min(3, num_layers))
+    figure, axes = grid(num_layers, columns=min(3, num_layers), xlabel="step")
     for layer, axis in enumerate(axes):
         load = np.array([record["layers"][layer]["load"] for record in training])  # [lines, E]
         axis.stackplot(steps, load.T, colors=colors, edgecolor="white", linewidth=0.4)
@@ -131,7 +125,7 @@ def _draw_utilisation(training: list[dict[str, Any]]) -> Figure:
 def _draw_routing(training: list[dict[str, Any]]) -> Figure:
     first = training[0]["layers"]
     panels = [panel for panel in _ROUTING_PANELS if first[0][panel[1]] is not None]
-    figure, axes = _grid(len(panels), columns=2)
+    figure, axes = grid(len(panels), columns=2, xlabel="step")
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(first)))
     for axis, (title, key) in zip(axes, panels, strict=True):
         for layer, color in enumerate(colors):
@@ -139,7 +133,7 @@ def _draw_routing(training: list[dict[str, Any]]) -> Figure:
                 _column(training, "step"),
                 [record["layers"][layer][key] for record in training],
                 color=color,
-                marker=_MARKERS[layer % len(_MARKERS)],
+                marker=MARKERS[layer % len(MARKERS)],
                 markersize=4,
                 markevery=max(1, len(training) // 12),
                 linewidth=1.5,
@@ -152,7 +146,7 @@ def _draw_routing(training: list[dict[str, Any]]) -> Figure:
 
 
 def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
-    figure, (axis,) = _grid(1, columns=1)
+    figure, (axis,) = grid(1, columns=1, xlabel="step")
     figure.set_size_inches(8.4, 4.4)
     parts = list(training[-1]["gradient_norms"])
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(parts)))
@@ -161,32 +155,18 @@ def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
             _column(training, "step"),
             [record.get("gradient_norms", {}).get(part, math.nan) for record in training],
             color=color,
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(training) // 12),
             linewidth=1.5,
             label=part.replace("_", " "),
         )
-    axis.plot(_column(training, "step"), _column(training, "gradient_norm"), color=_GREY, linewidth=2, label="all")
+    axis.plot(_column(training, "step"), _column(training, "gradient_norm"), color=GREY, linewidth=2, label="all")
     axis.set_title("Gradient norm before clipping, by part")
     if any(0 < norm < math.inf for norm in _column(training, "gradient_norm")):
         axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def _grid(panels: int, columns: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with `panels` axes in rows of `columns`, each with steps along the bottom."""
-    rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.5), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(10)
-        axis.tick_params(labelsize=8)
-    return figure, axes
 
 
 def _shades(color: str, count: int) -> list[tuple[float, float, float]]:
@@ -198,10 +178,3 @@ def _shades(color: str, count: int) -> list[tuple[float, float, float]]:
 
 def _column(records: list[dict[str, Any]], key: str) -> list[float]:
     return [record.get(key, math.nan) for record in records]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
-    return path

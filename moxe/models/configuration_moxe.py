@@ -52,7 +52,7 @@ _NOT_NEGATIVE = (
     "router_z_loss_coef",
     "load_balancing_loss_coef",
 )
-_YES_OR_NO = ("router_bias", "tie_word_embeddings", "use_cache")
+_YES_OR_NO = ("ffn_residual", "router_bias", "tie_word_embeddings", "use_cache")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # What transformers itself passes to a configuration beside the declared fields.
 PASSED_BY_TRANSFORMERS = {
@@ -93,6 +93,8 @@ class MoxEConfig(PreTrainedConfig):
         slstm_ffn_expansion: width of the sLSTM block's gated feed-forward part as a multiple of D.
         ffn_expansion: width of a feed-forward expert (`expert_kind="ffn"`) as a multiple of D. The default gives it
             the mean parameter count of an mLSTM and an sLSTM expert.
+        ffn_residual: whether a feed-forward expert is a pre-norm residual block; false: as released, neither norm nor
+            residual, y = sum_k w_k FFN_k(h), for `expert_kind="ffn"` alone.
         norm_eps: epsilon of every normalisation.
         tie_word_embeddings: share the embedding with the language-model head.
         backend: implementation of the two cells: `auto`, `reference`, `torch`,
@@ -138,6 +140,7 @@ class MoxEConfig(PreTrainedConfig):
     mlstm_expansion: float = 2.0
     slstm_ffn_expansion: float = 1.7
     ffn_expansion: float = 2.2
+    ffn_residual: bool = True
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     backend: str = "auto"
@@ -187,6 +190,10 @@ class MoxEConfig(PreTrainedConfig):
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        if not self.ffn_residual and self.expert_kind != "ffn":
+            raise ValueError(
+                f"ffn_residual=False is for feed-forward experts: expert_kind={self.expert_kind!r} must be 'ffn' with it"
             )
         self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
         self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "num_heads", self.num_heads)

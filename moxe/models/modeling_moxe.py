@@ -94,6 +94,7 @@ class MoxELayer(nn.Module):
                 "ffn": partial(_make_ffn, config),
             },
             backend=config.backend,
+            residual=config.ffn_residual,
         )
         kinds = self.experts.ranges if self.experts.keeps_state else ()
         self.names_of_mixers = {name: f"layers.{layer}.{name}" for name in ("slstm_mixer", "mlstm_mixer")}
@@ -185,7 +186,7 @@ def _make_ffn(config: MoxEConfig, num_blocks: int) -> FeedForwardBlocks:
         num_blocks,
         hidden_size=config.hidden_size,
         ffn_size=config.ffn_size,
-        norm_eps=config.norm_eps,
+        norm_eps=config.norm_eps if config.ffn_residual else None,
         num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
         backend=config.backend,
     )

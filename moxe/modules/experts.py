@@ -33,9 +33,10 @@ class Experts(nn.Module):
         expert_memory: str,
         make_block: dict[str, Callable[[int], nn.Module]],
         backend: str,
+        residual: bool = True,
     ) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.residual = backend, residual
         self.has_memory = expert_memory == "sequence"
         self.keeps_state = self.has_memory and expert_kind != "ffn"
         half = num_experts // 2
@@ -55,7 +56,7 @@ class Experts(nn.Module):
         read_state: ReadState,
         write_state: WriteState | None,
     ) -> Tensor:
-        """h + sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]."""
+        """h + sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]; without `residual` the sum alone."""
         assignments = assign(expert_indices, sequences, one_token_segments=not self.has_memory)
         owned = {kind: assignments.of_experts(first, last) for kind, (first, last) in self.ranges.items()}
         rows = dispatch(h, assignments, backend=self.backend)
@@ -68,7 +69,9 @@ class Experts(nn.Module):
             if new_state is not None and write_state is not None:
                 write_state(kind, own, new_state)
             outputs.append(y)
-        return combine(torch.cat(outputs), expert_weights, assignments, residual=h, backend=self.backend)
+        residual = h if self.residual else None
+        y = combine(torch.cat(outputs), expert_weights, assignments, residual=residual, backend=self.backend)
+        return y if self.residual else y.to(h.dtype)  # the stream keeps its precision under autocast
 
     def step(self, h: Tensor, expert_indices: Tensor, expert_weights: Tensor, states: dict[str, BlockState]) -> Tensor:
         """`forward` for one token of each of a few rows, in C++; the states [N, E, ...] by kind change in place.

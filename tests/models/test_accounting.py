@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moxe.models.accounting import count_parameters, flops_per_token, state_bytes
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
+from tests.models.tiny import OPTIONS
 
 KINDS = ("xlstm", "mlstm", "slstm", "ffn")
 
@@ -33,6 +34,7 @@ def tiny_config(**changes) -> MoxEConfig:
         *({"expert_kind": kind} for kind in KINDS),
         {"tie_word_embeddings": True},
         {"router_kind": "standard", "router_bias": False},
+        *OPTIONS,
     ],
 )
 def test_the_parts_add_up_to_every_parameter_of_the_real_model(changes):
@@ -106,7 +108,7 @@ def test_state_bytes_are_those_of_the_real_cache_at_any_length(expert_kind, expe
     assert state_bytes(config) == cache.memory_bytes()
 
 
-@pytest.mark.parametrize("changes", [{"conv_kernel_size": 2}, {"num_heads": 4}, {"mlstm_expansion": 1.5}])
+@pytest.mark.parametrize("changes", [{"conv_kernel_size": 2}, {"num_heads": 4}, {"mlstm_expansion": 1.5}, *OPTIONS])
 def test_state_bytes_follow_the_sizes_of_the_configuration(changes):
     config = tiny_config(**changes)
     cache = MoxEForCausalLM(config).eval()(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).cache_params

@@ -15,7 +15,7 @@ from torch import Tensor
 from moxe.errors import UserError
 from moxe.models.cache import MoxECache
 from moxe.models.modeling_moxe import MoxEForCausalLM
-from tests.models.tiny import EXPERT_KINDS, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, OPTIONS, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -181,10 +181,10 @@ def test_a_document_that_goes_on_in_the_next_call_keeps_its_state_and_a_new_one_
     assert_equal(rest, whole[:, 6:])
 
 
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-def test_documents_over_many_calls_equal_one_call(expert_kind: str):
+@pytest.mark.parametrize("settings", [*({"expert_kind": kind} for kind in EXPERT_KINDS), *OPTIONS], ids=str)
+def test_documents_over_many_calls_equal_one_call(settings: dict[str, Any]):
     """Cut after every token: an expert that a new document does not reach must not remember the old one."""
-    model, ids = tiny_model(expert_kind=expert_kind, num_experts_per_tok=1), token_ids(2, 14)
+    model, ids = tiny_model(**settings, num_experts_per_tok=1), token_ids(2, 14)
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 3]])
     whole = model(ids, document_ids=documents).logits
     cache = None

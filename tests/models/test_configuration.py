@@ -41,6 +41,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"group_loss_kind": "mse"},
         "group_loss_kind='mse' is not one of: kl, squared_difference, squared_distance, jensen_shannon",
     ),
+    (
+        {"ffn_residual": False},
+        "ffn_residual=False is for feed-forward experts: expert_kind='xlstm' must be 'ffn' with it",
+    ),
+    ({"ffn_residual": 0}, "ffn_residual=0 must be true or false"),
 ]
 
 

@@ -13,7 +13,7 @@ from moxe.models.cache import MoxECache
 from moxe.models.modeling_moxe import MoxEForCausalLM, MoxELayer, MoxEModel
 from moxe.ops.cpu import build
 from moxe.ops.grouped_linear import FEW_ROWS
-from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, TINY, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, OPTIONS, TINY, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
 LAYERS = TINY["num_hidden_layers"]
@@ -61,6 +61,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"router_kind": "standard", "router_bias": False},
     {"bias_kind": "masked", "num_experts_per_tok": 3},
     {"conv_kernel_size": 1, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    *OPTIONS,
 ]
 
 

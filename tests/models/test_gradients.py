@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
-from tests.models.tiny import EXPERT_KINDS, tiny_config, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, OPTIONS, tiny_config, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
 NO_ROUTER_LOSSES: dict[str, Any] = {
@@ -61,14 +61,18 @@ def without_input_bias(name: str, gradient: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bias_kind": "proportional", "difficulty_threshold": 0.1}, {"router_kind": "standard"}],
+    [
+        *({"expert_kind": kind} for kind in EXPERT_KINDS),
+        *({"expert_kind": kind, "router_kind": "standard"} for kind in EXPERT_KINDS),
+        *({"expert_kind": kind, "bias_kind": "proportional", "difficulty_threshold": 0.1} for kind in EXPERT_KINDS),
+        *(options for options in OPTIONS if options.get("expert_memory") != "token"),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-def test_in_sequence_mode_every_parameter_learns(expert_kind: str, settings: dict[str, Any]):
+def test_in_sequence_mode_every_parameter_learns(settings: dict[str, Any]):
     """In every entry, but for a bias that has no effect on the outputs of an sLSTM cell."""
     ids = every_token_once_and_more()
-    gradients = gradients_of(tiny_model(expert_kind=expert_kind, **settings), input_ids=ids, labels=ids)
+    gradients = gradients_of(tiny_model(**settings), input_ids=ids, labels=ids)
     for name, gradient in gradients.items():
         assert_learns(name, gradient, without_input_bias(name, gradient), largest_of(gradients))
 

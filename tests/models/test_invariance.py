@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
-from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, TINY, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, OPTIONS, TINY, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
-every_expert = pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-every_memory = pytest.mark.parametrize("expert_memory", EXPERT_MEMORIES)
+every_model = pytest.mark.parametrize(
+    "settings",
+    [
+        *({"expert_kind": kind, "expert_memory": memory} for kind in EXPERT_KINDS for memory in EXPERT_MEMORIES),
+        *OPTIONS,
+    ],
+    ids=str,
+)
 # Where mLSTM and sLSTM experts by themselves add nothing to a layer that holds both.
 representative = pytest.mark.parametrize(
-    ("expert_kind", "expert_memory"), [("xlstm", "sequence"), ("xlstm", "token"), ("ffn", "sequence")]
+    "settings", [{}, {"expert_memory": "token"}, {"expert_kind": "ffn"}, *OPTIONS], ids=str
 )
 
 
@@ -45,11 +51,10 @@ def in_chunks(model: MoxEForCausalLM, ids: Tensor, sizes: Sequence[int], **input
     return torch.cat(logits, 1)
 
 
-@every_memory
-@every_expert
+@every_model
 @torch.no_grad()
-def test_changing_a_token_moves_nothing_before_it_through_experts_and_router(expert_kind: str, expert_memory: str):
-    model, ids = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory), token_ids(2, 12)
+def test_changing_a_token_moves_nothing_before_it_through_experts_and_router(settings: dict[str, Any]):
+    model, ids = tiny_model(**settings), token_ids(2, 12)
     before = decisions(model, ids)
     for changed in (0, 1, 5, 11):
         other = ids.clone()
@@ -61,11 +66,10 @@ def test_changing_a_token_moves_nothing_before_it_through_experts_and_router(exp
         assert not torch.allclose(after[0][0, changed:], before[0][0, changed:])
 
 
-@every_memory
-@every_expert
-def test_no_logit_has_a_gradient_from_a_later_token(expert_kind: str, expert_memory: str):
+@every_model
+def test_no_logit_has_a_gradient_from_a_later_token(settings: dict[str, Any]):
     """The same by calculus, for all pairs of tokens at once: exact zeros."""
-    model, ids = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory), token_ids(1, 7)
+    model, ids = tiny_model(**settings), token_ids(1, 7)
     embedded: list[Any] = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: embedded.append(output))
     logits = model(ids).logits[0]
@@ -75,11 +79,10 @@ def test_no_logit_has_a_gradient_from_a_later_token(expert_kind: str, expert_mem
         assert (gradient[: t + 1] != 0).all()
 
 
-@every_memory
-@every_expert
+@every_model
 @torch.no_grad()
-def test_batch_mates_do_not_matter(expert_kind: str, expert_memory: str):
-    model, ids = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory), token_ids(4, 9)
+def test_batch_mates_do_not_matter(settings: dict[str, Any]):
+    model, ids = tiny_model(**settings), token_ids(4, 9)
     together = decisions(model, ids)
     for row in range(4):
         for whole, alone in zip(together, decisions(model, ids[row : row + 1]), strict=True):
@@ -89,8 +92,8 @@ def test_batch_mates_do_not_matter(expert_kind: str, expert_memory: str):
 @representative
 @pytest.mark.parametrize("side", ["left", "right", "both", "middle"])
 @torch.no_grad()
-def test_padding_on_any_side_does_not_matter(expert_kind: str, expert_memory: str, side: str):
-    model = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory)
+def test_padding_on_any_side_does_not_matter(settings: dict[str, Any], side: str):
+    model = tiny_model(**settings)
     lengths, width = (6, 10, 1), 10
     ids = token_ids(3, width)
     mask = torch.zeros(3, width, dtype=torch.int64)
@@ -112,8 +115,8 @@ def test_padding_on_any_side_does_not_matter(expert_kind: str, expert_memory: st
 
 @representative
 @torch.no_grad()
-def test_documents_packed_into_a_row_equal_the_documents_alone(expert_kind: str, expert_memory: str):
-    model = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory)
+def test_documents_packed_into_a_row_equal_the_documents_alone(settings: dict[str, Any]):
+    model = tiny_model(**settings)
     lengths = (5, 1, 7, 3)
     ids = token_ids(2, sum(lengths))
     documents = torch.repeat_interleave(torch.tensor([3, 0, 3, 8]), torch.tensor(lengths)).expand(2, -1)
@@ -157,8 +160,8 @@ def test_rows_without_any_token_are_allowed_and_leave_the_others_alone():
 @representative
 @pytest.mark.parametrize("sizes", [(1,) * 14, (13, 1), (1, 13), (4, 5, 5), (3, 1, 1, 9)], ids=str)
 @torch.no_grad()
-def test_a_prompt_in_chunks_equals_the_prompt_at_once(expert_kind: str, expert_memory: str, sizes: tuple[int, ...]):
-    model, ids = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory), token_ids(2, 14)
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(settings: dict[str, Any], sizes: tuple[int, ...]):
+    model, ids = tiny_model(**settings), token_ids(2, 14)
     assert_equal(in_chunks(model, ids, sizes), model(ids).logits)
 
 

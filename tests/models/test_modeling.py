@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
-from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, TINY, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, OPTIONS, TINY, tiny_model, token_ids
 from tests.modules.comparison import assert_equal, assert_equal_gradients
 from tests.modules.paper import Routed, layer_forward, mlstm_block, model_forward, slstm_block, weights_of
 from tests.tolerances import assert_close
@@ -76,11 +76,14 @@ def test_equation_04_a_layer_mixes_with_an_slstm_block_and_then_an_mlstm_block(e
     assert_equal(seen[0], h)
 
 
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-@pytest.mark.parametrize("settings", [{}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 4}], ids=str)
-def test_the_whole_model_computes_the_papers_equations(expert_kind: str, settings: dict[str, Any]):
+@pytest.mark.parametrize(
+    "settings",
+    [*({"expert_kind": kind, "num_experts_per_tok": k} for kind in EXPERT_KINDS for k in (1, 2, 4)), *OPTIONS],
+    ids=str,
+)
+def test_the_whole_model_computes_the_papers_equations(settings: dict[str, Any]):
     """Embedding, layers (4) to (9), final norm, head; and what each layer's router decided."""
-    model = tiny_model(expert_kind=expert_kind, **settings)
+    model = tiny_model(**settings)
     ids = token_ids(2, 8)
     out = model(ids, output_router_logits=True)
     for row in range(2):
@@ -104,9 +107,9 @@ def test_the_comparison_with_the_papers_loop_uses_every_expert():
     assert len(routed.experts.unique()) == TINY["num_experts"]
 
 
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-def test_equation_21_the_loss_and_its_terms_and_every_gradient(expert_kind: str):
-    model = tiny_model(expert_kind=expert_kind, **COEFFICIENTS)
+@pytest.mark.parametrize("settings", [*({"expert_kind": kind} for kind in EXPERT_KINDS), *OPTIONS], ids=str)
+def test_equation_21_the_loss_and_its_terms_and_every_gradient(settings: dict[str, Any]):
+    model = tiny_model(**settings, **COEFFICIENTS)
     ids = token_ids(2, 8)
     out, expected = model(ids, labels=ids), total_loss_by_hand(model, ids)
     for name in LOSSES:
@@ -241,11 +244,17 @@ def test_a_target_never_crosses_a_document():
     assert_equal(model(ids, labels=labels, document_ids=documents).lm_loss, out.lm_loss)
 
 
-@pytest.mark.parametrize("expert_memory", EXPERT_MEMORIES)
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"expert_kind": kind, "expert_memory": memory} for kind in EXPERT_KINDS for memory in EXPERT_MEMORIES),
+        *OPTIONS,
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_masked_columns_are_no_tokens_for_any_loss(expert_kind: str, expert_memory: str, side: str):
-    model = tiny_model(expert_kind=expert_kind, expert_memory=expert_memory, **COEFFICIENTS)
+def test_masked_columns_are_no_tokens_for_any_loss(settings: dict[str, Any], side: str):
+    model = tiny_model(**settings, **COEFFICIENTS)
     ids = token_ids(1, 8)
     padding = token_ids(1, 5, seed=5)
     cut = {"left": 0, "right": 8, "middle": 3}[side]
@@ -321,8 +330,9 @@ def test_the_first_output_is_the_loss_or_without_labels_the_logits_and_a_tuple_i
     assert_equal(as_tuple[1], with_labels.logits)
 
 
-def test_bfloat16_autocast_runs_and_stays_near_float32():
-    model, ids = tiny_model(dtype=torch.float32), token_ids(2, 24)
+@pytest.mark.parametrize("settings", [{}, *OPTIONS], ids=str)
+def test_bfloat16_autocast_runs_and_stays_near_float32(settings: dict[str, Any]):
+    model, ids = tiny_model(dtype=torch.float32, **settings), token_ids(2, 24)
     with torch.no_grad():
         exact = model(ids, labels=ids).lm_loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -333,10 +343,11 @@ def test_bfloat16_autocast_runs_and_stays_near_float32():
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients)
 
 
-def test_a_model_in_bfloat16_runs_with_cells_and_states_in_float32():
-    model, ids = tiny_model(dtype=torch.bfloat16), token_ids(2, 24)
+@pytest.mark.parametrize("settings", [{}, *OPTIONS], ids=str)
+def test_a_model_in_bfloat16_runs_with_cells_and_states_in_float32(settings: dict[str, Any]):
+    model, ids = tiny_model(dtype=torch.bfloat16, **settings), token_ids(2, 24)
     with torch.no_grad():
-        exact = tiny_model(dtype=torch.float32)(ids, labels=ids).lm_loss
+        exact = tiny_model(dtype=torch.float32, **settings)(ids, labels=ids).lm_loss
     out = model(ids, labels=ids, use_cache=True)
     gradients = torch.autograd.grad(out.loss, list(model.parameters()))
     assert out.lm_loss.dtype == torch.float32
@@ -356,10 +367,11 @@ def test_a_batch_without_rows_or_columns_is_allowed(shape: tuple[int, int]):
     assert out.loss == 0
 
 
+@pytest.mark.parametrize("settings", [{}, *OPTIONS], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_backends_agree(backend: str):
+def test_backends_agree(backend: str, settings: dict[str, Any]):
     ids = token_ids(2, 70)
-    reference, fast = (tiny_model(backend=name)(ids, labels=ids) for name in ("reference", backend))
+    reference, fast = (tiny_model(backend=name, **settings)(ids, labels=ids) for name in ("reference", backend))
     assert_equal(fast.logits, reference.logits)
     assert_equal(fast.loss, reference.loss)
 

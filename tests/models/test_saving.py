@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 import moxe
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM, MoxEModel
-from tests.models.tiny import EXPERT_KINDS, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, OPTIONS, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
 MLSTM = {
@@ -90,14 +90,14 @@ def test_a_router_without_bias_or_difficulty_saves_neither():
 
 
 @pytest.mark.parametrize("load", [MoxEForCausalLM, AutoModelForCausalLM], ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("expert_kind", EXPERT_KINDS)
-def test_a_loaded_model_is_the_saved_one_to_the_bit(expert_kind: str, load: type, tmp_path: Path):
-    model, ids = tiny_model(dtype=torch.float32, expert_kind=expert_kind, gamma=0.3), token_ids(2, 7)
+@pytest.mark.parametrize("settings", [*({"expert_kind": kind} for kind in EXPERT_KINDS), *OPTIONS], ids=str)
+def test_a_loaded_model_is_the_saved_one_to_the_bit(settings: dict[str, Any], load: type, tmp_path: Path):
+    model, ids = tiny_model(dtype=torch.float32, gamma=0.3, **settings), token_ids(2, 7)
     model.save_pretrained(tmp_path)
     loaded = load.from_pretrained(tmp_path)
     assert type(loaded) is MoxEForCausalLM
     assert not loaded.training
-    for (name, saved), (other, found) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, saved), (other, found) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other
         assert saved.dtype == found.dtype
         assert torch.equal(saved, found), name

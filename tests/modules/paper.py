@@ -126,8 +126,9 @@ def slstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -
 
 
 def feed_forward_block(x: Tensor, w: Weights, keep: Tensor | None = None) -> Tensor:
-    """f(x); the block is x + f(x)."""
-    gate, up = (normalise(x, w["norm.weight"]) @ w["up_proj.weight"].T).chunk(2, -1)
+    """f(x); the block is x + f(x). Without a norm's weight there is no norm."""
+    normed = normalise(x, w["norm.weight"]) if "norm.weight" in w else x
+    gate, up = (normed @ w["up_proj.weight"].T).chunk(2, -1)
     out = (silu(gate) * up) @ w["down_proj.weight"].T
     return out if keep is None else out * keep[:, None]
 
@@ -170,18 +171,24 @@ def route(h: Tensor, w: Weights, *, k: int, gamma: float) -> Routed:
 
 
 def mix_experts(
-    h: Tensor, experts: nn.Module, kinds: list[tuple[str, int]], chosen: Tensor, weights: Tensor, heads: int
+    h: Tensor,
+    experts: nn.Module,
+    kinds: list[tuple[str, int]],
+    chosen: Tensor,
+    weights: Tensor,
+    heads: int,
+    residual: bool = True,
 ) -> Tensor:
     """Equation 9 as written, y = sum_e w_e Expert_e(h), every expert over the whole row with unseen tokens masked out.
 
-    `kinds` names each expert's kind and its place in the stack of that kind.
+    `kinds` names each expert's kind and its place in the stack of that kind. Without `residual` Expert_e(h) = f_e(h).
     """
     y = torch.zeros_like(h)
     for e, (kind, place) in enumerate(kinds):
         keep = (chosen == e).any(-1)
         weight = (weights * (chosen == e)).sum(-1)
-        expert = h + block(kind, h, weights_of(getattr(experts, kind), place), heads, keep)
-        y = y + weight[:, None] * expert
+        f = block(kind, h, weights_of(getattr(experts, kind), place), heads, keep)
+        y = y + weight[:, None] * (h + f if residual else f)
     return y
 
 
@@ -194,7 +201,7 @@ def kinds_of(expert_kind: str, num_experts: int) -> list[tuple[str, int]]:
 
 
 def layer_forward(
-    x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, k: int, gamma: float
+    x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, k: int, gamma: float, residual: bool = True
 ) -> tuple[Tensor, Routed]:
     """One MoxE layer over one row [S, D]: equation 4, then 5 to 9."""
     x = x + slstm_block(x, weights_of(layer.get_submodule("slstm_mixer")), heads)
@@ -202,7 +209,7 @@ def layer_forward(
     router = layer.get_submodule("router")
     routed = route(h, dict(router.named_parameters()), k=k, gamma=gamma)
     kinds = kinds_of(expert_kind, routed.logits.shape[1])
-    y = mix_experts(h, layer.get_submodule("experts"), kinds, routed.experts, routed.weights, heads)
+    y = mix_experts(h, layer.get_submodule("experts"), kinds, routed.experts, routed.weights, heads, residual)
     return y, routed
 
 
@@ -213,7 +220,13 @@ def model_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Rou
     routed = []
     for layer in model.get_submodule("model.layers").children():
         x, decided = layer_forward(
-            x, layer, config.expert_kind, heads=config.num_heads, k=config.num_experts_per_tok, gamma=config.gamma
+            x,
+            layer,
+            config.expert_kind,
+            heads=config.num_heads,
+            k=config.num_experts_per_tok,
+            gamma=config.gamma,
+            residual=config.ffn_residual,
         )
         routed.append(decided)
     return normalise(x, model.get_parameter("model.norm.weight")) @ model.get_parameter("lm_head.weight").T, routed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,21 @@ HIDDEN, HEADS, EXPERTS, K = 8, 2, 6, 2
 LENGTHS = (9, 1, 6)
 
 
+# The kinds of experts, and what options beyond the paper make of them.
+KINDS_AND_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in EXPERT_KINDS),
+    ("ffn", {"residual": False}),
+]
 every_backend = pytest.mark.parametrize("backend", ["torch", "cpu"])
 
 
-def make_experts(kind: str, memory: str = "sequence", backend: str = "torch", num_experts: int = EXPERTS) -> Experts:
+def make_experts(
+    kind: str,
+    memory: str = "sequence",
+    backend: str = "torch",
+    num_experts: int = EXPERTS,
+    residual: bool = True,
+) -> Experts:
     torch.manual_seed(0)
     recurrent = {
         "hidden_size": HIDDEN,
@@ -45,12 +57,13 @@ def make_experts(kind: str, memory: str = "sequence", backend: str = "torch", nu
                 FeedForwardBlocks,
                 hidden_size=HIDDEN,
                 ffn_size=12,
-                norm_eps=1e-5,
+                norm_eps=1e-5 if residual else None,
                 num_residual_blocks=6,
                 backend=backend,
             ),
         },
         backend=backend,
+        residual=residual,
     )
     scramble(experts, scale=0.4)
     return experts.double()
@@ -73,11 +86,13 @@ def run(experts: Experts, h: Tensor, indices: Tensor, weights: Tensor) -> Tensor
 
 
 @every_backend
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
-def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gradients(kind: str, backend: str):
-    experts = make_experts(kind, backend=backend)
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS, ids=str)
+def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gradients(
+    kind: str, options: dict[str, Any], backend: str
+):
+    experts = make_experts(kind, backend=backend, **options)
     h, indices, weights = routed_tokens()
-    expected = h.clone()
+    expected = h.clone() if experts.residual else torch.zeros_like(h)
     first = 0
     for length in LENGTHS:
         for e, (own_kind, place) in enumerate(kinds_of(kind, EXPERTS)):
@@ -93,31 +108,33 @@ def test_equation_09_experts_equal_a_loop_over_sequences_and_experts_with_all_gr
 
 
 @every_backend
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS, ids=str)
 def test_equation_09_experts_equal_every_expert_over_all_tokens_with_the_unrouted_ones_masked_out(
-    kind: str, backend: str
+    kind: str, options: dict[str, Any], backend: str
 ):
     """The dense form: a token that is not sent to an expert enters neither its state nor its convolution's window."""
-    experts = make_experts(kind, backend=backend)
+    experts = make_experts(kind, backend=backend, **options)
     h, indices, weights = routed_tokens()
     weights = (weights / weights.sum(-1, keepdim=True)).detach().requires_grad_()
     dense = [
-        mix_experts(row, experts, kinds_of(kind, EXPERTS), chosen, weight, HEADS)
+        mix_experts(row, experts, kinds_of(kind, EXPERTS), chosen, weight, HEADS, experts.residual)
         for row, chosen, weight in zip(h.split(LENGTHS), indices.split(LENGTHS), weights.split(LENGTHS), strict=True)
     ]
     # The weights sum to 1, so that the residual passes untouched; their gradient sees it in the dense form.
-    ours = run(experts, h, indices, weights) + (weights.sum(-1, keepdim=True) - 1) * h
+    ours = run(experts, h, indices, weights)
+    if experts.residual:
+        ours = ours + (weights.sum(-1, keepdim=True) - 1) * h
     assert_equal_with_gradients(
         ours, torch.cat(dense), {"h": h, "weights": weights, **dict(experts.named_parameters())}
     )
 
 
 @every_backend
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
-def test_in_token_mode_every_token_meets_an_empty_memory(kind: str, backend: str):
-    experts = make_experts(kind, memory="token", backend=backend)
+@pytest.mark.parametrize(("kind", "options"), KINDS_AND_OPTIONS, ids=str)
+def test_in_token_mode_every_token_meets_an_empty_memory(kind: str, options: dict[str, Any], backend: str):
+    experts = make_experts(kind, memory="token", backend=backend, **options)
     h, indices, weights = routed_tokens()
-    expected = h.clone()
+    expected = h.clone() if experts.residual else torch.zeros_like(h)
     for t in range(len(h)):
         for slot, e in enumerate(indices[t].tolist()):
             own_kind, place = kinds_of(kind, EXPERTS)[e]

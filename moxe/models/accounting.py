@@ -164,6 +164,7 @@ def flops_per_token(config: MoxEConfig) -> FlopCount:
 
     Projections: 2 for each weight that meets the token, so for one block or part
         mLSTM block   2 (2 D I + 3 I Q + 6 I H + I D)    up; q, k, v; gates; down
+                      + 2 (3 D F)                        feed-forward part of an expert that has one
         sLSTM block   2 (4 D^2 / H + 3 D F)              gates; feed-forward part
         ffn expert    2 (3 D F)
         router        2 (D E + D)                        logits; difficulty (not in the standard router)

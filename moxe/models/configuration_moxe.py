@@ -39,12 +39,13 @@ _LARGEST = {
     "conv_kernel_size": 2**16,
     "qkv_block_size": 2**23,
     "mlstm_expansion": 64,
+    "mlstm_ffn_expansion": 64,
     "slstm_ffn_expansion": 64,
     "ffn_expansion": 64,
 }
 _POSITIVE = ("mlstm_expansion", "slstm_ffn_expansion", "ffn_expansion", "norm_eps")
-_SIZES = tuple(name for name in _LARGEST if name not in _POSITIVE)
 _NOT_NEGATIVE = (
+    "mlstm_ffn_expansion",
     "gamma",
     "difficulty_threshold",
     "difficulty_loss_coef",
@@ -52,6 +53,7 @@ _NOT_NEGATIVE = (
     "router_z_loss_coef",
     "load_balancing_loss_coef",
 )
+_SIZES = tuple(name for name in _LARGEST if name not in (*_POSITIVE, *_NOT_NEGATIVE))
 _YES_OR_NO = ("ffn_residual", "router_bias", "tie_word_embeddings", "use_cache")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # What transformers itself passes to a configuration beside the declared fields.
@@ -90,6 +92,8 @@ class MoxEConfig(PreTrainedConfig):
         conv_kernel_size: taps of the causal depthwise convolution.
         qkv_block_size: block size of the block-diagonal q, k, v projections of the mLSTM block.
         mlstm_expansion: inner width of the mLSTM block as a multiple of D.
+        mlstm_ffn_expansion: width of a gated feed-forward part behind the cell of mLSTM experts (not of the mixers), as
+            sLSTM blocks have one, as a multiple of D; 0: none, as in the paper.
         slstm_ffn_expansion: width of the sLSTM block's gated feed-forward part as a multiple of D.
         ffn_expansion: width of a feed-forward expert (`expert_kind="ffn"`) as a multiple of D. The default gives it
             the mean parameter count of an mLSTM and an sLSTM expert.
@@ -138,6 +142,7 @@ class MoxEConfig(PreTrainedConfig):
     conv_kernel_size: int = 4
     qkv_block_size: int = 16
     mlstm_expansion: float = 2.0
+    mlstm_ffn_expansion: float = 0.0
     slstm_ffn_expansion: float = 1.7
     ffn_expansion: float = 2.2
     ffn_residual: bool = True
@@ -193,7 +198,7 @@ class MoxEConfig(PreTrainedConfig):
             )
         if not self.ffn_residual and self.expert_kind != "ffn":
             raise ValueError(
-                f"ffn_residual=False is for feed-forward experts: expert_kind={self.expert_kind!r} must be 'ffn' with it"
+                f"ffn_residual=False is for feed-forward experts: with it expert_kind={self.expert_kind!r} must be ffn"
             )
         self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
         self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "num_heads", self.num_heads)
@@ -208,6 +213,11 @@ class MoxEConfig(PreTrainedConfig):
     def mlstm_inner_size(self) -> int:
         """Width of the mLSTM cell: `mlstm_expansion` x D."""
         return round(self.mlstm_expansion * self.hidden_size)
+
+    @property
+    def mlstm_ffn_size(self) -> int:
+        """Width of the mLSTM expert's feed-forward part, rounded up to a multiple of 64; 0: it has none."""
+        return _round_up(self.mlstm_ffn_expansion * self.hidden_size, 64)
 
     @property
     def slstm_ffn_size(self) -> int:

@@ -73,7 +73,7 @@ class MoxELayer(nn.Module):
         self.num_experts = config.num_experts
         first_block = RESIDUAL_BLOCKS_A_LAYER * layer
         self.slstm_mixer = _make_slstm(config, first_block, 1)
-        self.mlstm_mixer = _make_mlstm(config, 1)
+        self.mlstm_mixer = _make_mlstm(config, 0, 1)
         self.router = Router(
             hidden_size=config.hidden_size,
             num_experts=config.num_experts,
@@ -89,7 +89,7 @@ class MoxELayer(nn.Module):
             expert_kind=config.expert_kind,
             expert_memory=config.expert_memory,
             make_block={
-                "mlstm": partial(_make_mlstm, config),
+                "mlstm": partial(_make_mlstm, config, config.mlstm_ffn_size),
                 "slstm": partial(_make_slstm, config, first_block + 2),
                 "ffn": partial(_make_ffn, config),
             },
@@ -153,7 +153,7 @@ class MoxELayer(nn.Module):
         return read, write
 
 
-def _make_mlstm(config: MoxEConfig, num_blocks: int) -> MLSTMBlocks:
+def _make_mlstm(config: MoxEConfig, ffn_size: int, num_blocks: int) -> MLSTMBlocks:
     return MLSTMBlocks(
         num_blocks,
         hidden_size=config.hidden_size,
@@ -161,6 +161,7 @@ def _make_mlstm(config: MoxEConfig, num_blocks: int) -> MLSTMBlocks:
         num_heads=config.num_heads,
         conv_kernel_size=config.conv_kernel_size,
         qkv_block_size=config.qkv_block_size,
+        ffn_size=ffn_size,
         norm_eps=config.norm_eps,
         num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
         backend=config.backend,

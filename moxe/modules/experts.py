@@ -56,7 +56,7 @@ class Experts(nn.Module):
         read_state: ReadState,
         write_state: WriteState | None,
     ) -> Tensor:
-        """h + sum_k w_k f_{e_k}(h) [N, D] for h [N, D], indices and weights [N, K]; without `residual` the sum alone."""
+        """h + sum_k w_k f_{e_k}(h) [N, D], without `residual` the sum alone; h [N, D], indices and weights [N, K]."""
         assignments = assign(expert_indices, sequences, one_token_segments=not self.has_memory)
         owned = {kind: assignments.of_experts(first, last) for kind, (first, last) in self.ranges.items()}
         rows = dispatch(h, assignments, backend=self.backend)

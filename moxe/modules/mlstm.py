@@ -1,9 +1,12 @@
 """The mLSTM block, E of one shape stacked: matrix memory between an up- and a down-projection.
 
-Legend: N rows, K choices a row, G segments, E blocks, D hidden size, I inner size, H heads, Dh = I / H, T taps.
+Legend: N rows, K choices a row, G segments, E blocks, D hidden size, I inner size, H heads, Dh = I / H, T taps, F width
+of the feed-forward part.
 
     x~ = norm(x);  [a, g] = up(x~);  s = SiLU(conv(a));  q, k = from s, v = from a (block-diagonal)
     igate, fgate = from [q, k, v];  y = head-norm(cell(q, k, v, igate, fgate)) + skip s;  f(x) = down(y SiLU(g))
+
+With a feed-forward part behind it, as an sLSTM block has one: u = x + down(y SiLU(g)), f(x) = u + FFN(norm(u)) - x.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moxe.modules.feed_forward import FeedForwardBlocks
 from moxe.modules.stacks import (
     BlockState,
     StackedBlockLinear,
@@ -44,7 +48,7 @@ _PARAMETERS_OF_STEP = (
 
 
 class MLSTMBlocks(nn.Module):
-    """f of E mLSTM blocks; the block itself is x + f(x)."""
+    """f of E mLSTM blocks; the block itself is x + f(x). With a width F > 0 they have a feed-forward part."""
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class MLSTMBlocks(nn.Module):
         norm_eps: float,
         num_residual_blocks: int,
         backend: str,
+        ffn_size: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads, self.norm_eps, self.backend = num_heads, norm_eps, backend
@@ -76,6 +81,16 @@ class MLSTMBlocks(nn.Module):
         self.skip = nn.Parameter(torch.empty(num_blocks, inner_size))
         out_std = wang_init_std(hidden_size, num_residual_blocks)
         self.down_proj = StackedLinear(num_blocks, inner_size, hidden_size, init_std=out_std, backend=backend)
+        self.ffn = None
+        if ffn_size:
+            self.ffn = FeedForwardBlocks(
+                num_blocks,
+                hidden_size=hidden_size,
+                ffn_size=ffn_size,
+                norm_eps=norm_eps,
+                num_residual_blocks=num_residual_blocks,
+                backend=backend,
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,6 +146,8 @@ class MLSTMBlocks(nn.Module):
             backend=self.backend,
         )
         out = self.down_proj(mixed, segments)
+        if self.ffn is not None:
+            out = out + self.ffn(x + out, segments, None, False)[0]
         if cell_state is None or conv_state is None:
             return out, None
         return out, {"conv": conv_state, **cell_state._asdict()}
@@ -141,5 +158,24 @@ class MLSTMBlocks(nn.Module):
         x [N, D] and out are float32 or float64, experts and weights [N, K]; a state [N, E, ...] of every block changes
         in place. See `moxe.ops.mlstm.step`.
         """
+        if self.ffn is None:
+            self._step_cell(x, experts, weights, first, state, out)
+            return
+        last = first + len(self.skip)
+        for chosen, weight in zip(experts.unbind(1), weights.unbind(1), strict=True):
+            # A choice by itself with weight 1: the feed-forward part reads what the cell adds to x before any weight.
+            cell_out = torch.zeros_like(x)
+            self._step_cell(x, chosen[:, None], torch.ones_like(weight)[:, None], first, state, cell_out)
+            order = chosen.argsort(stable=True)
+            row = order[(chosen[order] >= first) & (chosen[order] < last)]
+            lengths = (chosen[row] - first).bincount(minlength=last - first).tolist()
+            segments = Segments.from_lengths(lengths, group_offsets=tuple(range(len(lengths) + 1)))
+            added = self.ffn((x + cell_out)[row], segments, None, False)[0]
+            out.index_add_(0, row, weight[row, None].to(out.dtype) * (cell_out[row] + added))
+
+    def _step_cell(
+        self, x: Tensor, experts: Tensor, weights: Tensor, first: int, state: BlockState, out: Tensor
+    ) -> None:
+        """`step` of what lies before the feed-forward part."""
         parameters = parameters_of(self, _PARAMETERS_OF_STEP)
         mlstm_step(x, experts, weights, first, parameters, self.num_heads, self.norm_eps, state, out)

@@ -143,9 +143,17 @@ def counted_flops(config: MoxEConfig, num_tokens: int) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-@pytest.mark.parametrize("expert_kind", ["mlstm", "slstm", "ffn"])
-def test_projections_are_what_torch_counts_in_a_real_forward(expert_kind):
-    config = tiny_config(expert_kind=expert_kind, router_kind="standard", backend="torch")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expert_kind": "mlstm"},
+        {"expert_kind": "slstm"},
+        {"expert_kind": "ffn"},
+        {"expert_kind": "mlstm", "mlstm_ffn_expansion": 1.3},
+    ],
+)
+def test_projections_are_what_torch_counts_in_a_real_forward(changes):
+    config = tiny_config(**changes, router_kind="standard", backend="torch")
     by_part = flops_per_token(config).by_part
     num_tokens = 7
     assert counted_flops(config, num_tokens) == {

@@ -43,8 +43,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"ffn_residual": False},
-        "ffn_residual=False is for feed-forward experts: expert_kind='xlstm' must be 'ffn' with it",
+        "ffn_residual=False is for feed-forward experts: with it expert_kind='xlstm' must be ffn",
     ),
+    ({"mlstm_ffn_expansion": -1.5}, "mlstm_ffn_expansion=-1.5 must be a finite number at least 0"),
+    ({"mlstm_ffn_expansion": 65}, "mlstm_ffn_expansion=65 must be at most 64"),
     ({"ffn_residual": 0}, "ffn_residual=0 must be true or false"),
 ]
 
@@ -134,6 +136,8 @@ def test_defaults_are_the_released_ones():
 def test_feed_forward_widths_are_rounded_up_to_a_multiple_of_64():
     config = MoxEConfig(hidden_size=640, slstm_ffn_expansion=1.7, ffn_expansion=2.2)
     assert (config.slstm_ffn_size, config.ffn_size, config.mlstm_inner_size) == (1088, 1408, 1280)
+    assert config.mlstm_ffn_size == 0
+    assert MoxEConfig(hidden_size=640, mlstm_ffn_expansion=1.3).mlstm_ffn_size == 832
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path):

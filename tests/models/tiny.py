@@ -22,7 +22,10 @@ TINY = {
 EXPERT_KINDS = ("xlstm", "mlstm", "slstm", "ffn")
 EXPERT_MEMORIES = ("sequence", "token")
 # The options beyond the paper, each where it changes what a model computes; every promise of a model holds with them.
-OPTIONS: tuple[dict[str, Any], ...] = ({"expert_kind": "ffn", "ffn_residual": False},)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"expert_kind": "ffn", "ffn_residual": False},
+    {"mlstm_ffn_expansion": 1.3},
+)
 
 
 def tiny_config(**settings: Any) -> MoxEConfig:

@@ -109,7 +109,10 @@ def mlstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -
     q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))
     h = mlstm_cell(q, k, v, gates[:, :heads], gates[:, heads:], keep)
     mixed = normalise(h.flatten(1), w["head_norm.weight"], heads) + w["skip"] * convolved
-    return ((mixed * silu(gate)) @ w["down_proj.weight"].T) * keep[:, None]
+    out = (mixed * silu(gate)) @ w["down_proj.weight"].T
+    if "ffn.up_proj.weight" in w:
+        out = out + feed_forward_block(x + out, part(w, "ffn"))
+    return out * keep[:, None]
 
 
 def slstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ LENGTHS = (9, 1, 6)
 KINDS_AND_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in EXPERT_KINDS),
     ("ffn", {"residual": False}),
+    ("mlstm", {"mlstm_ffn_size": 12}),
 ]
 every_backend = pytest.mark.parametrize("backend", ["torch", "cpu"])
 
@@ -36,6 +37,7 @@ def make_experts(
     backend: str = "torch",
     num_experts: int = EXPERTS,
     residual: bool = True,
+    mlstm_ffn_size: int = 0,
 ) -> Experts:
     torch.manual_seed(0)
     recurrent = {
@@ -51,7 +53,7 @@ def make_experts(
         expert_kind=kind,
         expert_memory=memory,
         make_block={
-            "mlstm": partial(MLSTMBlocks, inner_size=16, qkv_block_size=4, **recurrent),
+            "mlstm": partial(MLSTMBlocks, inner_size=16, qkv_block_size=4, ffn_size=mlstm_ffn_size, **recurrent),
             "slstm": partial(SLSTMBlocks, ffn_size=12, residual_block=2, **recurrent),
             "ffn": partial(
                 FeedForwardBlocks,

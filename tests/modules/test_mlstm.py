@@ -17,7 +17,7 @@ from tests.modules.paper import mlstm_block, mlstm_cell, weights_of
 HEADS = 2
 
 
-def make_blocks(num_blocks: int, backend: str = "torch") -> MLSTMBlocks:
+def make_blocks(num_blocks: int, backend: str = "torch", ffn_size: int = 0) -> MLSTMBlocks:
     torch.manual_seed(0)
     blocks = MLSTMBlocks(
         num_blocks,
@@ -29,6 +29,7 @@ def make_blocks(num_blocks: int, backend: str = "torch") -> MLSTMBlocks:
         norm_eps=1e-5,
         num_residual_blocks=6,
         backend=backend,
+        ffn_size=ffn_size,
     )
     scramble(blocks, scale=0.4)
     return blocks.double()
@@ -38,10 +39,11 @@ def rows(tokens: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("ffn_size", [0, 12])
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
-def test_mlstm_blocks_compute_the_papers_equations_with_all_gradients(backend: str):
+def test_mlstm_blocks_compute_the_papers_equations_with_all_gradients(backend: str, ffn_size: int):
     """A stack of three, the second without tokens, over segments of unequal length, one of them empty."""
-    blocks = make_blocks(3, backend)
+    blocks = make_blocks(3, backend, ffn_size)
     segments = Segments.from_lengths([5, 1, 7, 0, 2], group_offsets=(0, 2, 2, 5))
     x = rows(15).requires_grad_()
     y, state = blocks(x, segments, None, False)

@@ -30,6 +30,7 @@ SIZES = {
 }
 every_size = pytest.mark.parametrize("size", SIZES)
 every_kind = pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+every_kind_and_option = pytest.mark.parametrize("kind", ["mlstm", "slstm", "mlstm and feed-forward"])
 every_dtype = pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 
 pytestmark = pytest.mark.usefixtures("compiler", "no_gradients")
@@ -65,10 +66,11 @@ def make_blocks(kind: str, size: str, backend: str = "reference") -> Blocks:
         "num_residual_blocks": 6,
         "backend": backend,
     }
-    if kind == "mlstm":
-        blocks: Blocks = MLSTMBlocks(E, inner_size=of["inner"], qkv_block_size=of["diagonal"], **shared)
+    if kind == "slstm":
+        blocks: Blocks = SLSTMBlocks(E, ffn_size=of["ffn"], residual_block=2, **shared)
     else:
-        blocks = SLSTMBlocks(E, ffn_size=of["ffn"], residual_block=2, **shared)
+        ffn_size = 0 if kind == "mlstm" else of["ffn"]
+        blocks = MLSTMBlocks(E, inner_size=of["inner"], qkv_block_size=of["diagonal"], ffn_size=ffn_size, **shared)
     scramble(blocks)
     return blocks
 
@@ -113,8 +115,8 @@ def draw(rows: int, hidden: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_against_forward(kind: str, size: str, dtype: torch.dtype) -> None:
-    blocks = make_blocks(kind, size).to(dtype)
-    oracle = copy.deepcopy(blocks).double()
+    blocks = make_blocks(kind, size, "cpu").to(dtype)
+    oracle = make_blocks(kind, size, "reference").to(dtype).double()
     core = torch.promote_types(dtype, F32)
     x = draw(5, SIZES[size]["hidden"], 0)[0]
     expected_state = empty_state(oracle, x.double())
@@ -136,23 +138,23 @@ def check_against_forward(kind: str, size: str, dtype: torch.dtype) -> None:
 
 @every_dtype
 @every_size
-@every_kind
+@every_kind_and_option
 def test_steps_equal_the_forward_pass_of_one_token_after_the_other(kind: str, size: str, dtype: torch.dtype):
     check_against_forward(kind, size, dtype)
 
 
 @pytest.mark.usefixtures("three_threads")
 @every_size
-@every_kind
+@every_kind_and_option
 def test_steps_equal_the_forward_pass_on_several_threads(kind: str, size: str):
     check_against_forward(kind, size, F64)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @every_size
-@every_kind
+@every_kind_and_option
 def test_a_row_does_not_depend_on_its_batch_mates_to_the_bit(kind: str, size: str, dtype: torch.dtype):
-    blocks = make_blocks(kind, size).to(dtype)
+    blocks = make_blocks(kind, size, "cpu").to(dtype)
     x, _, _ = draw(8, SIZES[size]["hidden"], 0)
     together = empty_state(blocks, x.to(dtype))
     alone = [{name: s[n : n + 1].clone() for name, s in together.items()} for n in range(8)]

@@ -18,6 +18,7 @@ ExpertMemory = Literal["sequence", "token"]
 RouterKind = Literal["entropy", "standard"]
 BiasKind = Literal["standard", "proportional", "masked"]
 GroupLossKind = Literal["kl", "squared_difference", "squared_distance", "jensen_shannon"]
+DifficultyTarget = Literal["router_entropy", "token_loss"]
 BackendName = Literal["auto", "reference", "torch", "cpu"]
 
 _CHOICES = {
@@ -26,6 +27,7 @@ _CHOICES = {
     "router_kind": get_args(RouterKind),
     "bias_kind": get_args(BiasKind),
     "group_loss_kind": get_args(GroupLossKind),
+    "difficulty_target": get_args(DifficultyTarget),
     "backend": get_args(BackendName),
 }
 # The largest size of each, far beyond any model, so that no product of them overflows where memory is asked for.
@@ -54,7 +56,7 @@ _NOT_NEGATIVE = (
     "load_balancing_loss_coef",
 )
 _SIZES = tuple(name for name in _LARGEST if name not in (*_POSITIVE, *_NOT_NEGATIVE))
-_YES_OR_NO = ("ffn_residual", "router_bias", "tie_word_embeddings", "use_cache")
+_YES_OR_NO = ("ffn_residual", "detach_difficulty_target", "router_bias", "tie_word_embeddings", "use_cache")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # What transformers itself passes to a configuration beside the declared fields.
 PASSED_BY_TRANSFORMERS = {
@@ -88,6 +90,11 @@ class MoxEConfig(PreTrainedConfig):
         difficulty_threshold: threshold of the `proportional` and `masked` bias.
         router_bias: whether the router's linear map has a bias.
         group_loss_kind: `kl` (18), `squared_difference`, `squared_distance` or `jensen_shannon`.
+        difficulty_target: what the difficulty is trained on: `router_entropy`, that of the unbiased logits (11);
+            `token_loss`, the cross-entropy of the next token as a fraction of log V, at most 1 and without a gradient,
+            over the tokens that have a target.
+        detach_difficulty_target: whether no gradient flows into the router's entropy, so that the router is not trained
+            to match its own difficulty.
         difficulty_loss_coef, group_loss_coef, router_z_loss_coef, load_balancing_loss_coef: the lambdas of (21).
         conv_kernel_size: taps of the causal depthwise convolution.
         qkv_block_size: block size of the block-diagonal q, k, v projections of the mLSTM block.
@@ -135,6 +142,8 @@ class MoxEConfig(PreTrainedConfig):
     difficulty_threshold: float = 0.5
     router_bias: bool = True
     group_loss_kind: str = "kl"
+    difficulty_target: str = "router_entropy"
+    detach_difficulty_target: bool = False
     difficulty_loss_coef: float = 0.01
     group_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001

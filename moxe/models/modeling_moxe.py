@@ -21,13 +21,13 @@ from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.packed import PackedTokens, check_vocabulary, next_labels, pack_tokens
 from moxe.modules.experts import Experts, ReadState, WriteState
 from moxe.modules.feed_forward import FeedForwardBlocks
-from moxe.modules.losses import RouterLosses, router_losses
+from moxe.modules.losses import RouterLosses, hardness_of, router_losses
 from moxe.modules.mlstm import MLSTMBlocks
 from moxe.modules.router import Router, RouterOutput
 from moxe.modules.slstm import SLSTMBlocks
 from moxe.modules.stacks import small_init_std
 from moxe.ops.backend import core_dtype, resolve_backend
-from moxe.ops.cross_entropy import IGNORED, linear_cross_entropy
+from moxe.ops.cross_entropy import IGNORED, linear_cross_entropies
 from moxe.ops.grouped_linear import FEW_ROWS, grouped_linear
 from moxe.ops.routing import ExpertRows
 from moxe.ops.segments import Segments
@@ -467,9 +467,20 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         config = self.config
         num_targets = int((targets != IGNORED).sum())
         total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
-        cross_entropy = linear_cross_entropy(hidden, self.lm_head.weight, targets, backend=config.backend)
+        cross_entropy, of_tokens = linear_cross_entropies(hidden, self.lm_head.weight, targets, backend=config.backend)
         lm_loss = cross_entropy / max(total, 1)
-        losses = [router_losses(decided, config.group_loss_kind) for decided in routing]
+        hardness = None
+        if config.difficulty_target == "token_loss":
+            hardness = hardness_of(of_tokens, targets, config.vocab_size)
+        losses = [
+            router_losses(
+                decided,
+                config.group_loss_kind,
+                hardness=hardness,
+                detach_difficulty_target=config.detach_difficulty_target,
+            )
+            for decided in routing
+        ]
         means = RouterLosses(
             *(torch.stack([getattr(loss, f.name) for loss in losses]).mean() for f in fields(RouterLosses))
         )

@@ -22,6 +22,16 @@ _ENTRIES_AT_ONCE = 1 << 22
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """sum_n -log softmax(weight hidden_n)[target_n], a 0-d tensor; target -100 adds nothing.
 
+    Arguments as of `linear_cross_entropies`.
+    """
+    return linear_cross_entropies(hidden, weight, targets, backend=backend)[0]
+
+
+def linear_cross_entropies(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The sum of `linear_cross_entropy`, and its terms [N], float32 or float64; only the sum has a gradient.
+
     Args:
         hidden: [N, D]. Under autocast the products run in its dtype; the softmax is float32 at least.
         weight: [V, D].
@@ -38,28 +48,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
 
 
 def _through_rows(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' losses and the gradient of logits [R, V] (which it may overwrite)."""
+    """The rows' losses [R] and the gradient of logits [R, V] (which it may overwrite)."""
     dtype, logits = logits.dtype, logits.to(core_dtype(logits))
     counts = (targets != IGNORED)[:, None]
     target = targets[:, None].masked_fill(~counts, 0)
     log_normaliser = logits.logsumexp(1, keepdim=True)
-    loss = ((log_normaliser - logits.gather(1, target)) * counts).sum()
+    losses = ((log_normaliser - logits.gather(1, target)) * counts).squeeze(1)
     if not wants_gradient:
-        return loss, logits
+        return losses, logits
     dlogits = logits.sub_(log_normaliser).exp_()
     dlogits.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0)).mul_(counts)
-    return loss, dlogits.to(dtype)
+    return losses, dlogits.to(dtype)
 
 
 def _through_rows_in_cpp(logits: Tensor, targets: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    return torch.ops.moxe.softmax_cross_entropy_(logits, targets, wants_gradient).sum(), logits
+    return torch.ops.moxe.softmax_cross_entropy_(logits, targets, wants_gradient), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, through_rows, in_cpp: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs_dhidden, needs_dweight, *_ = ctx.needs_input_grad
         needs_gradient = needs_dhidden or needs_dweight
         head = Matrices(weight[None], dtype, (0, len(hidden)), in_cpp=in_cpp)
@@ -69,13 +79,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = torch.zeros_like(hidden)
         dweight = torch.zeros_like(weight[None], dtype=core_dtype(hidden)) if needs_dweight else None
         loss = hidden.new_zeros((), dtype=core_dtype(hidden))
+        losses = hidden.new_empty(len(hidden), dtype=loss.dtype)
         rows_at_once = max(1, _ENTRIES_AT_ONCE // len(weight))
         for begin in range(0, len(hidden), rows_at_once):
             rows = slice(begin, begin + rows_at_once)
             x = hidden[rows].to(dtype)
             all_rows = (0, len(x))
-            loss_of_rows, dlogits = through_rows(head.multiply(x, all_rows), targets[rows], needs_gradient)
-            loss += loss_of_rows
+            losses[rows], dlogits = through_rows(head.multiply(x, all_rows), targets[rows], needs_gradient)
+            loss += losses[rows].sum()
             if dhidden is not None and transposed is not None:
                 dhidden[rows] = transposed.multiply(dlogits, all_rows)
             if dweight is not None and dweight.dtype == sum_dtype(dtype, in_cpp):
@@ -84,10 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 of_rows = torch.empty_like(dweight, dtype=dtype)
                 dweight += grouped_outer_(dlogits, x, all_rows, of_rows, in_cpp=in_cpp)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight[0].to(weight.dtype))
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return loss, losses
 
     @staticmethod
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx, dloss: Tensor, _: None) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         dhidden, dweight = (grad if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None
 

@@ -47,6 +47,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mlstm_ffn_expansion": -1.5}, "mlstm_ffn_expansion=-1.5 must be a finite number at least 0"),
     ({"mlstm_ffn_expansion": 65}, "mlstm_ffn_expansion=65 must be at most 64"),
+    ({"difficulty_target": "loss"}, "difficulty_target='loss' is not one of: router_entropy, token_loss"),
+    ({"detach_difficulty_target": None}, "detach_difficulty_target=None must be true or false"),
     ({"ffn_residual": 0}, "ffn_residual=0 must be true or false"),
 ]
 

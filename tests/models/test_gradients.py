@@ -163,6 +163,19 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole_batch_exactly():
         assert_equal(torch.stack([part[name] for part in in_parts]).sum(0), gradient)
 
 
+def test_a_difficulty_loss_on_the_token_loss_adds_up_over_parts_exactly_too():
+    """It is a mean over targets, as the language-model loss is."""
+    model = tiny_model(**{**NO_ROUTER_LOSSES, "difficulty_loss_coef": 0.5}, difficulty_target="token_loss")
+    ids, labels, parts = micro_batches()
+    targets = int((labels[:, 1:] != -100).sum())
+    whole = gradients_of(model, input_ids=ids, labels=labels)
+    in_parts = [
+        gradients_of(model, input_ids=ids[part], labels=labels[part], num_items_in_batch=targets) for part in parts
+    ]
+    for name, gradient in whole.items():
+        assert_equal(torch.stack([part[name] for part in in_parts]).sum(0), gradient)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 @torch.no_grad()
 def test_router_losses_of_parts_are_weighted_by_their_share_of_the_targets(as_tensor: bool):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
-from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, OPTIONS, TINY, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, LOSS_OPTIONS, OPTIONS, TINY, tiny_model, token_ids
 from tests.modules.comparison import assert_equal, assert_equal_gradients
 from tests.modules.paper import Routed, layer_forward, mlstm_block, model_forward, slstm_block, weights_of
 from tests.tolerances import assert_close
@@ -52,7 +52,11 @@ def total_loss_by_hand(model: MoxEForCausalLM, ids: Tensor) -> dict[str, Tensor]
         p_m = p[:, : experts // 2].sum(-1).mean()
         p_s = 1 - p_m
         fraction = torch.stack([(chosen == e).sum() / (len(chosen) * k) for e in range(experts)])
-        sums["difficulty_loss_coef"] += ((difficulty - entropy) ** 2).mean()
+        target = entropy.detach() if model.config.detach_difficulty_target else entropy
+        if model.config.difficulty_target == "token_loss":
+            difficulty = torch.cat([r.difficulty[:-1] for r in routed])
+            target = torch.stack(surprise).detach().div(math.log(TINY["vocab_size"])).clamp(max=1)
+        sums["difficulty_loss_coef"] += ((difficulty - target) ** 2).mean()
         sums["group_loss_coef"] += p_m * torch.log(2 * p_m) + p_s * torch.log(2 * p_s)
         sums["router_z_loss_coef"] += (torch.logsumexp(logits, -1) ** 2).mean()
         sums["load_balancing_loss_coef"] += experts * (fraction * p.mean(0)).sum()
@@ -107,7 +111,9 @@ def test_the_comparison_with_the_papers_loop_uses_every_expert():
     assert len(routed.experts.unique()) == TINY["num_experts"]
 
 
-@pytest.mark.parametrize("settings", [*({"expert_kind": kind} for kind in EXPERT_KINDS), *OPTIONS], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*({"expert_kind": kind} for kind in EXPERT_KINDS), *OPTIONS, *LOSS_OPTIONS], ids=str
+)
 def test_equation_21_the_loss_and_its_terms_and_every_gradient(settings: dict[str, Any]):
     model = tiny_model(**settings, **COEFFICIENTS)
     ids = token_ids(2, 8)
@@ -249,6 +255,7 @@ def test_a_target_never_crosses_a_document():
     [
         *({"expert_kind": kind, "expert_memory": memory} for kind in EXPERT_KINDS for memory in EXPERT_MEMORIES),
         *OPTIONS,
+        *LOSS_OPTIONS,
     ],
     ids=str,
 )
@@ -265,9 +272,10 @@ def test_masked_columns_are_no_tokens_for_any_loss(settings: dict[str, Any], sid
         assert_equal(getattr(with_padding, name), getattr(without, name))
 
 
-def test_the_losses_of_padded_rows_are_those_of_the_same_tokens_packed_into_one_row():
+@pytest.mark.parametrize("settings", [{}, *LOSS_OPTIONS], ids=str)
+def test_the_losses_of_padded_rows_are_those_of_the_same_tokens_packed_into_one_row(settings: dict[str, Any]):
     """Every loss is a mean over real tokens, however they lie in the batch."""
-    model = tiny_model(**COEFFICIENTS)
+    model = tiny_model(**settings, **COEFFICIENTS)
     lengths = (7, 3, 5)
     ids = token_ids(3, 7)
     mask = torch.stack([torch.arange(7) < length for length in lengths]).long()
@@ -330,7 +338,7 @@ def test_the_first_output_is_the_loss_or_without_labels_the_logits_and_a_tuple_i
     assert_equal(as_tuple[1], with_labels.logits)
 
 
-@pytest.mark.parametrize("settings", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("settings", [{}, *OPTIONS, *LOSS_OPTIONS], ids=str)
 def test_bfloat16_autocast_runs_and_stays_near_float32(settings: dict[str, Any]):
     model, ids = tiny_model(dtype=torch.float32, **settings), token_ids(2, 24)
     with torch.no_grad():
@@ -367,7 +375,7 @@ def test_a_batch_without_rows_or_columns_is_allowed(shape: tuple[int, int]):
     assert out.loss == 0
 
 
-@pytest.mark.parametrize("settings", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("settings", [{}, *OPTIONS, *LOSS_OPTIONS], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_backends_agree(backend: str, settings: dict[str, Any]):
     ids = token_ids(2, 70)

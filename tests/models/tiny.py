@@ -26,6 +26,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"expert_kind": "ffn", "ffn_residual": False},
     {"mlstm_ffn_expansion": 1.3},
 )
+# Those that change nothing but the losses.
+LOSS_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"difficulty_target": "token_loss"},
+    {"detach_difficulty_target": True},
+)
 
 
 def tiny_config(**settings: Any) -> MoxEConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moxe.modules.losses import (
     difficulty_loss,
     group_loss,
+    hardness_of,
     load_balancing_loss,
     normalised_entropy,
     router_losses,
@@ -75,6 +76,46 @@ def test_equation_11_trains_the_difficulty_and_the_unbiased_logits_and_never_loo
     assert (to_difficulty != 0).all()
     assert (to_unbiased != 0).all()
     assert to_adjusted is None
+
+
+def test_a_detached_entropy_is_the_same_target_and_trains_the_difficulty_alone():
+    routing = decided()
+    loss = difficulty_loss(routing, detach_target=True)
+    assert_equal(loss, difficulty_loss(routing))
+    assert_equal(router_losses(routing, "kl", detach_difficulty_target=True).difficulty, loss)
+    assert routing.difficulty is not None
+    to_difficulty, to_unbiased = torch.autograd.grad(
+        loss, [routing.difficulty, routing.unbiased_logits], allow_unused=True
+    )
+    assert_equal(to_difficulty, torch.autograd.grad(difficulty_loss(routing), routing.difficulty)[0])
+    assert to_unbiased is None
+
+
+def test_the_token_loss_is_a_target_as_a_fraction_of_log_v_over_the_tokens_that_have_one():
+    """Tokens 0 to 3 of 11 have none; some cost more than a uniform guess over V = 20, some less."""
+    routing = decided()
+    assert routing.difficulty is not None
+    losses = torch.linspace(0.2, 5.0, TOKENS, dtype=torch.float64).requires_grad_()
+    targets = torch.arange(TOKENS)
+    targets[:4] = -100
+    fractions = [min(loss / math.log(20), 1.0) for loss in losses[4:].tolist()]
+    assert 0 < sum(fraction == 1 for fraction in fractions) < len(fractions)
+    expected = sum(
+        ((d - target) ** 2 for d, target in zip(routing.difficulty[4:], fractions, strict=True)),
+        torch.tensor(0.0).double(),
+    ) / len(fractions)
+    loss = router_losses(routing, "kl", hardness=hardness_of(losses, targets, 20)).difficulty
+    assert_equal(loss, expected)
+    inputs = [routing.difficulty, routing.unbiased_logits, losses]
+    to_difficulty, to_unbiased, to_losses = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert_equal(to_difficulty, torch.autograd.grad(expected, routing.difficulty)[0])
+    assert to_unbiased is None
+    assert to_losses is None
+
+
+def test_without_any_target_the_difficulty_has_nothing_to_fit_and_its_loss_is_zero():
+    routing, none = decided(), torch.full((TOKENS,), -100)
+    assert difficulty_loss(routing, hardness=hardness_of(torch.zeros(TOKENS), none, 20)) == 0
 
 
 def test_equations_12_to_18_group_loss_is_the_divergence_of_the_groups_mean_mass_from_one_half():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from moxe.ops import cross_entropy
-from moxe.ops.cross_entropy import linear_cross_entropy
+from moxe.ops.cross_entropy import linear_cross_entropies, linear_cross_entropy
 
 VOCABULARY = 43  # whole vectors and a rest, whatever the width of the machine's vectors
 
@@ -37,6 +37,26 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(
     torch.testing.assert_close(loss, expected)
     grads = torch.autograd.grad(3 * loss, (hidden, weight))
     torch.testing.assert_close(grads, torch.autograd.grad(3 * expected, (hidden, weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entries", [40, 1 << 22])
+def test_the_loss_of_each_row_comes_with_the_sum_and_has_no_gradient(
+    entries: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_ENTRIES_AT_ONCE", entries)
+    hidden, weight, targets = problem(23, dtype)
+    loss, losses = linear_cross_entropies(hidden, weight, targets, backend=backend)
+    expected = F.cross_entropy((hidden @ weight.T).to(losses.dtype), targets, reduction="none")
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(losses, expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(losses.sum(), loss)
+    assert losses.dtype == loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.requires_grad
+    assert not losses.requires_grad
+    assert (losses[targets == -100] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropies(hidden, weight, targets, backend=backend)[1], losses)
 
 
 def test_rows_without_any_target_give_a_loss_and_gradients_of_exactly_zero(backend: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moxe.experiments.inference import ALPHA, Estimate, paired_test
 from moxe.experiments.measures import diverged, peak_memory
-from moxe.experiments.theory import LayerEstimate, odds_slopes, rarity_correlations
+from moxe.experiments.theory import LayerEstimate, expected_slope, odds_slopes, rarity_correlations
 
 HOLDS, FAILS, OPEN, UNMEASURED = "holds", "does not hold", "not resolved", "not measured"
 # Rows by name: what the claims are about.
@@ -177,9 +177,9 @@ def _interval_words(difference: Estimate) -> str:
 
 def _odds_follow(reference: dict[str, Any]) -> dict[str, str]:
     claim = "The odds of an mLSTM expert follow exp(2 gamma d)"
-    if (found := odds_slopes(reference)) is None:
+    expected, slopes = expected_slope(reference), odds_slopes(reference)
+    if expected is None or not slopes:
         return _claim(claim, UNMEASURED, "no run of MoxE was analysed")
-    expected, slopes = found
     because = f"2 gamma is {expected:g}; the slope of log(P_M/P_S) on d is {_by_layer(slopes)}"
     near, far = (1 - _SLOPE_MARGIN) * expected, (1 + _SLOPE_MARGIN) * expected
     if any(slope.lies_outside(near, far) for slope in slopes):

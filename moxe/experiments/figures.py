@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from moxe.experiments.claims import unevenness
 from moxe.experiments.inference import estimate
 from moxe.experiments.measures import diverged
-from moxe.experiments.theory import odds_slopes
+from moxe.experiments.theory import expected_slope, odds_slopes
 from moxe.experiments.wall_clock import members_of
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -337,8 +337,8 @@ def _gamma_of(row: dict[str, Any]) -> float | None:
     for key, value in row["settings"].items():
         if key.split(".")[-1] == "gamma":
             return float(value)
-    found = odds_slopes(row)
-    return None if found is None else found[0] / 2
+    slope = expected_slope(row)
+    return None if slope is None else slope / 2
 
 
 # ---- Table 2 as a forest plot ----
@@ -375,10 +375,10 @@ def _draw_forest(results: dict[str, Any]) -> _Picture:
 
 def _draw_theory(results: dict[str, Any]) -> _Picture:
     reference = next((row for row in results["rows"] if row["is_reference"]), None)
-    found = odds_slopes(reference) if reference else None
-    if found is None:
+    slopes = odds_slopes(reference) if reference else []
+    expected = expected_slope(reference) if reference else None
+    if expected is None or not slopes:
         raise _NoData("no run of MoxE was analysed")
-    expected, slopes = found
     figure, axes = _canvas(6.4, 3.6)
     for slope in slopes:
         _upright_dot(axes, slope.layer, {"mean": slope.mean, "low": slope.low, "high": slope.high})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moxe.experiments.measures import MEASURES, Measure, diverged, peak_memory
+from moxe.experiments.theory import LayerEstimate, expected_slope, routing_quantities
 from moxe.experiments.wall_clock import members_of
 
 _NOTHING = "–"  # noqa: RUF001
@@ -67,7 +68,9 @@ def build_sections(results: dict[str, Any]) -> list[Section]:
     """
     names = dict.fromkeys(row["section"] for row in results["rows"])
     front = [name for name in ("table1", "table2") if name in names]
-    return [_section(results, name) for name in dict.fromkeys([*front, *names])]
+    sections = [_section(results, name) for name in dict.fromkeys([*front, *names])]
+    routing = _routing_table(results["rows"])
+    return [*sections, Section("routing", "What the routers do", [routing])] if routing.rows else sections
 
 
 def _section(results: dict[str, Any], name: str) -> Section:
@@ -220,6 +223,29 @@ def _tuning_table(rows: Sequence[dict[str, Any]]) -> Table:
 
     tuned = [[row["label"], f"{row['learning_rate']:g}", tried(row)] for row in rows if row["tuning"]]
     return Table("Learning rates tried", ["model", "chosen", "tried, with the validation loss"], tuned)
+
+
+def _routing_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row a layer of every model that was analysed."""
+    found = {row["name"]: routing_quantities(row) for row in rows}
+    names = list(dict.fromkeys(name for quantities in found.values() for name in quantities))
+    table = []
+    for row in rows:
+        quantities = found[row["name"]]
+        expected = expected_slope(row)
+        for layer in sorted({one.layer for estimates in quantities.values() for one in estimates}):
+            cells = [next((one for one in quantities.get(name, []) if one.layer == layer), None) for name in names]
+            two_gamma = _NOTHING if expected is None else f"{expected:g}"
+            table.append([f"{row['label']}, layer {layer}", two_gamma, *(map(_layer_cell, cells))])
+    note = (
+        "Means over seeds with their 95% intervals; with one seed the interval of its own text. d is the difficulty; "
+        '"with" is a rank correlation.'
+    )
+    return Table("Difficulty, odds and rarity by layer", ["model and layer", "2 gamma", *names], table, note)
+
+
+def _layer_cell(found: LayerEstimate | None) -> str:
+    return _NOTHING if found is None else f"{found.mean:.3f}" + _interval(asdict(found), "{:.3f}".format)
 
 
 def _unfinished(row: dict[str, Any]) -> list[str]:

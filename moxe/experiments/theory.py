@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,36 +28,60 @@ class LayerEstimate:
         return self.low is not None and self.high is not None and (self.high < least or self.low > most)
 
 
-def odds_slopes(row: Mapping[str, Any]) -> tuple[float, list[LayerEstimate]] | None:
-    """2 gamma, and by layer the slope of log(P_M / P_S) on difficulty; None if no run was analysed."""
-    analyses = _analyses(row)
-    if not analyses or analyses[0].get("gamma") is None:
-        return None
-    slopes = _by_layer(analyses, "slope")
-    return (2 * analyses[0]["gamma"], slopes) if slopes else None
+# Where an analysis keeps its numbers of a layer: a number, or a mapping with value, low and high.
+_ODDS_SLOPE = ("difficulty", "odds_slope")
+_RARITY = ("share_with_rarity",)
+_QUANTITIES = {
+    "slope of log(P_M/P_S) on d": _ODDS_SLOPE,
+    "of the raw logits": ("difficulty", "raw_odds_slope"),
+    "of the top-k choice": ("difficulty", "assignment_slope"),
+    "share of the bias cancelled": ("difficulty", "cancelled_bias"),
+    "mean of d": ("difficulty", "mean"),
+    "variance of d": ("difficulty", "variance"),
+    "d with the loss": ("difficulty", "with_loss"),
+    "d with the entropy": ("difficulty", "with_entropy"),
+    "d with the rarity": ("difficulty", "with_rarity"),
+    "d explained by the token": ("difficulty", "identity_share"),
+    "share of mLSTM experts": ("mlstm_share",),
+    "that share with the rarity": _RARITY,
+}
+
+
+def expected_slope(row: Mapping[str, Any]) -> float | None:
+    """2 gamma, by an analysis of the row; None if no run was analysed."""
+    return next((2 * analysis["gamma"] for analysis in _analyses(row) if analysis.get("gamma") is not None), None)
+
+
+def odds_slopes(row: Mapping[str, Any]) -> list[LayerEstimate]:
+    """By layer the slope of log(P_M / P_S) on difficulty; empty if not analysed."""
+    return _by_layer(_analyses(row), _ODDS_SLOPE)
 
 
 def rarity_correlations(row: Mapping[str, Any]) -> list[LayerEstimate]:
-    """By layer the rank correlation of a token's rarity with the share of mLSTM experts; empty if not analysed."""
-    return _by_layer(_analyses(row), "rarity_correlation")
+    """By layer the rank correlation of a token's rarity with its share of mLSTM experts; empty if not analysed."""
+    return _by_layer(_analyses(row), _RARITY)
+
+
+def routing_quantities(row: Mapping[str, Any]) -> dict[str, list[LayerEstimate]]:
+    """All that was found of the routers, by its name; empty if no run was analysed."""
+    analyses = _analyses(row)
+    return {name: found for name, way in _QUANTITIES.items() if (found := _by_layer(analyses, way))}
 
 
 def _analyses(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [run["analysis"] for run in row["runs"] if run["status"] == "done" and run.get("analysis")]
 
 
-def _by_layer(analyses: Sequence[Mapping[str, Any]], key: str) -> list[LayerEstimate]:
+def _by_layer(analyses: Sequence[Mapping[str, Any]], way: Sequence[str]) -> list[LayerEstimate]:
     layers = min((len(analysis.get("layers") or []) for analysis in analyses), default=0)
-    found = [
-        _over_seeds(layer, [_reading(analysis["layers"][layer], key) for analysis in analyses])
-        for layer in range(layers)
-    ]
+    found = [_over_seeds(layer, [_reading(one["layers"][layer], way) for one in analyses]) for layer in range(layers)]
     return [one for one in found if one is not None]
 
 
-def _over_seeds(
-    layer: int, readings: Iterable[tuple[float, float | None, float | None] | None]
-) -> LayerEstimate | None:
+_Reading = tuple[float, float | None, float | None]
+
+
+def _over_seeds(layer: int, readings: Sequence[_Reading | None]) -> LayerEstimate | None:
     known = [reading for reading in readings if reading is not None]
     if not known:
         return None
@@ -67,9 +91,10 @@ def _over_seeds(
     return LayerEstimate(layer, over.mean, over.low, over.high)
 
 
-def _reading(layer: Mapping[str, Any], key: str) -> tuple[float, float | None, float | None] | None:
-    """Value and interval: a number, or a mapping with value, low and high."""
-    entry = layer.get(key)
+def _reading(layer: Mapping[str, Any], way: Sequence[str]) -> _Reading | None:
+    entry: Any = layer
+    for key in way:
+        entry = entry.get(key) if isinstance(entry, Mapping) else None
     if not isinstance(entry, Mapping):
         entry = {"value": entry}
     value = entry.get("value")

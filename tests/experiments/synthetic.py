@@ -135,8 +135,13 @@ def _run(name: str, seed: int, effect: float, slope: float, generator: np.random
 def _layer(slope: float, generator: np.random.Generator) -> dict[str, Any]:
     value, correlation = slope + float(generator.normal(0, 0.01)), 0.3 + float(generator.normal(0, 0.01))
     return {
-        "slope": {"value": value, "low": value - 0.1, "high": value + 0.1},
-        "rarity_correlation": {"value": correlation, "low": correlation - 0.1, "high": correlation + 0.1},
+        "difficulty": {
+            "mean": 0.7,
+            "variance": 0.05,
+            "odds_slope": {"value": value, "low": value - 0.1, "high": value + 0.1},
+            "assignment_slope": None,
+        },
+        "share_with_rarity": {"value": correlation, "low": correlation - 0.1, "high": correlation + 0.1},
     }
 
 

@@ -102,7 +102,7 @@ def test_the_odds_follow_2_gamma_if_the_slope_was_planted_so(slope: float, seeds
 def test_a_slope_with_a_wide_interval_stays_open():
     results = make_results(slope=1.4, seeds=1)
     for layer in row_named(results, "moxe")["runs"][0]["analysis"]["layers"]:
-        layer["slope"] |= {"low": 0.4, "high": 2.4}
+        layer["difficulty"]["odds_slope"] |= {"low": 0.4, "high": 2.4}
     assert judged(results, ODDS)["verdict"] == "not resolved"
 
 
@@ -110,7 +110,7 @@ def test_rare_tokens_are_judged_by_every_layer():
     assert judged(make_results(), RARE)["verdict"] == "holds"
     results = make_results()
     for run in row_named(results, "moxe")["runs"]:
-        run["analysis"]["layers"][1]["rarity_correlation"]["value"] *= -1
+        run["analysis"]["layers"][1]["share_with_rarity"]["value"] *= -1
     assert judged(results, RARE)["verdict"] == "does not hold"
     unmeasured = make_results()
     for run in row_named(unmeasured, "moxe")["runs"]:

@@ -9,13 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from moxe.experiments.measures import Margins
 from moxe.experiments.report import write_report
 from moxe.experiments.results_file import read_results
 from moxe.experiments.statistics import add_statistics
-from tests.experiments.synthetic import diverge, fail, make_results, row_named
+from tests.experiments.synthetic import GAMMA, diverge, fail, make_results, row_named
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | [a](javascript:b) $\\frac"
 
@@ -108,7 +110,7 @@ def test_every_number_is_the_one_in_results_json(written: tuple[dict[str, Any], 
     checked = 0
     for head, *body in markdown_tables(markdown):
         for cells in body:
-            row = rows[unescaped(cells[0])]
+            row = rows[unescaped(cells[0]).split(", layer")[0]]
             for column, cell, expected, unit in expectations(row, head, cells):
                 assert numbers(cell) == pytest.approx(expected, abs=0.5000001 * unit), f"{row['name']}, {column}"
                 checked += len(expected)
@@ -156,6 +158,12 @@ def expectations(row: dict[str, Any], head: list[str], cells: list[str]) -> list
             (6, [speed["mean"], speed["low"], speed["high"]], 1),
             (7, [sum(peaks) / len(peaks) / 1e6], 1),
         ]
+        return named(head, cells, expected)
+    if head[1] == "2 gamma":
+        layer = int(cells[0].rsplit(" ", 1)[1])
+        slopes = [run["analysis"]["layers"][layer]["difficulty"]["odds_slope"]["value"] for run in row["runs"]]
+        low, high = stats.t.interval(0.95, len(slopes) - 1, np.mean(slopes), stats.sem(slopes))
+        expected = [(1, [2 * GAMMA], 0.1), (2, [float(np.mean(slopes)), low, high], 1e-3)]
         return named(head, cells, expected)
     return []
 

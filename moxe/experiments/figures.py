@@ -130,13 +130,14 @@ def _svg(picture: _Picture) -> str:
 
 def _curves(part: str, key: str, label: str, name: str) -> Callable[[dict[str, Any]], _Picture]:
     def draw(results: dict[str, Any]) -> _Picture:
+        styles = _styles(results)
         rows = members_of(results["rows"], "table1")
         curves = [(row, curve) for row in rows if (curve := _mean_curve(row, part, key)) is not None]
         if not curves:
             raise _NoData(f"no run of Table 1 holds a curve of its {name}")
         figure, axes = _canvas(7.2, 4.2)
-        for index, (row, curve) in enumerate(curves):
-            style = _style(index)
+        for row, curve in curves:
+            style = styles[row["name"]]
             axes.plot(curve.tokens, curve.mean, label=row["label"], markevery=max(1, len(curve.tokens) // 8), **style)
             axes.fill_between(curve.tokens, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
         axes.set(xlabel="training tokens", ylabel=label)
@@ -188,12 +189,13 @@ def _draw_last_words(results: dict[str, Any]) -> _Picture:
     rows = [row for row in members_of(results["rows"], "table1") if row["summary"]["lambada_perplexity"]["n"]]
     if not rows:
         raise _NoData("no run of Table 1 was measured on LAMBADA")
+    styles = _styles(results)
     figure, axes = _canvas(7.2, 1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
         summary = row["summary"]["lambada_perplexity"]
-        color = _COLOURS[place % len(_COLOURS)]
+        color, marker = styles[row["name"]]["color"], styles[row["name"]]["marker"]
         axes.plot(summary["values"], [place] * summary["n"], "o", color=color, alpha=0.5, markersize=4, linewidth=0)
-        _dot(axes, summary, place, color, _MARKERS[place % len(_MARKERS)])
+        _dot(axes, summary, place, color, marker)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(_in_thousands)
@@ -264,7 +266,8 @@ def _draw_pareto(results: dict[str, Any]) -> _Picture:
         raise _NoData("the training time of two models of Table 1 is needed")
     rows = {row["name"]: row for row in results["rows"]}
     figure, axes = _canvas(7.2, 4.2)
-    for index, point in enumerate(finished):
+    styles = _styles(results)
+    for point in finished:
         row = rows[point["name"]]
         summary = row["summary"]["validation_loss"]
         low = summary["mean"] if summary["low"] is None else summary["low"]
@@ -275,7 +278,7 @@ def _draw_pareto(results: dict[str, Any]) -> _Picture:
             yerr=[[max(0.0, point["loss"] - low)], [max(0.0, high - point["loss"])]],
             capsize=3,
             label=row["label"],
-            **{**_style(index), "linestyle": "none"},
+            **{**styles[point["name"]], "linestyle": "none"},
         )
     front = sorted((point["seconds"], point["loss"]) for point in finished if point["on_front"])
     axes.step(*zip(*front, strict=True), where="post", color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -408,13 +411,17 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _style(index: int) -> dict[str, Any]:
+def _styles(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the name of a row of Table 1 its style, the same in every figure."""
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _LINES[index % len(_LINES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 4,
-        "linewidth": 1.5,
+        row["name"]: {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "linestyle": _LINES[index % len(_LINES)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.5,
+        }
+        for index, row in enumerate(members_of(results["rows"], "table1"))
     }
 
 

@@ -62,6 +62,12 @@ def test_curves_are_told_apart_without_colours(whole: tuple[dict[str, Any], dict
     assert len(patterns) == 3
 
 
+def test_a_model_keeps_its_colour_in_every_figure(whole: tuple[dict[str, Any], dict[str, Drawing]]):
+    """Qwen is the fourth of Table 1; in the figure of the routers it is the second line, in its own colour."""
+    assert "#cc79a7" in whole[1]["fig3c"].svg
+    assert "#d55e00" not in whole[1]["fig3c"].svg
+
+
 def test_captions_say_the_computed_numbers(whole: tuple[dict[str, Any], dict[str, Drawing]]):
     results, drawings = whole
     mean = np.mean([run["validation_loss"] for run in row_named(results, "gemma2")["runs"]])

@@ -87,7 +87,8 @@ def _lowest_perplexity(rivals: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _part_matters(row: dict[str, Any]) -> dict[str, str]:
-    claim = f"Without its part, {row['label']} has a higher LAMBADA perplexity ({row['paper']['change_percent']:+g}%)"
+    change = f"{row['paper']['change_percent']:+g}%"
+    claim = f"{row['label']} has a higher LAMBADA perplexity than full MoxE (the paper: {change})"
     perplexity = _comparison(row, "lambada_perplexity")
     if perplexity["n"] == 0:
         return _claim(claim, UNMEASURED, "; ".join(perplexity["left_out"]) or "no run of it is there")

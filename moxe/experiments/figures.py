@@ -125,9 +125,6 @@ def _svg(picture: _Picture) -> str:
     return re.sub(r"(<svg\b[^>]*>)", lambda opening: opening[0] + _FOLLOWS_THE_PAGE, drawing, count=1)
 
 
-# ---- curves (Figure 3) ----
-
-
 def _curves(part: str, key: str, label: str, name: str) -> Callable[[dict[str, Any]], _Picture]:
     def draw(results: dict[str, Any]) -> _Picture:
         styles = _styles(results)
@@ -182,9 +179,6 @@ def _mean_curve(row: dict[str, Any], part: str, key: str) -> _Curve | None:
     return _Curve(tokens, mean, low, high, len(curves))
 
 
-# ---- last words (Figure 4) ----
-
-
 def _draw_last_words(results: dict[str, Any]) -> _Picture:
     rows = [row for row in members_of(results["rows"], "table1") if row["summary"]["lambada_perplexity"]["n"]]
     if not rows:
@@ -208,9 +202,6 @@ def _draw_last_words(results: dict[str, Any]) -> _Picture:
         f"Perplexity of LAMBADA's last words, geometric mean over seeds with its 95% interval: {'; '.join(told)}.",
         f"Dot chart on a logarithmic axis: last-word perplexity of {', '.join(row['label'] for row in rows)}.",
     )
-
-
-# ---- utilisation (Figure 8) ----
 
 
 def _draw_utilisation(results: dict[str, Any]) -> _Picture:
@@ -257,9 +248,6 @@ def _first_load(row: dict[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.fl
     return None
 
 
-# ---- loss against time ----
-
-
 def _draw_pareto(results: dict[str, Any]) -> _Picture:
     finished = (results["equal_time"].get("table1") or {"finished": []})["finished"]
     if len(finished) < 2:
@@ -291,9 +279,6 @@ def _draw_pareto(results: dict[str, Any]) -> _Picture:
         f"Final validation loss against the time to get there. On the front: {', '.join(on_front)}. {'; '.join(told)}.",
         f"Scatter chart of loss against seconds for {len(finished)} models; a dashed staircase is the Pareto front.",
     )
-
-
-# ---- the strength of the bias ----
 
 
 def _draw_gamma(results: dict[str, Any]) -> _Picture:
@@ -344,9 +329,6 @@ def _gamma_of(row: dict[str, Any]) -> float | None:
     return None if slope is None else slope / 2
 
 
-# ---- Table 2 as a forest plot ----
-
-
 def _draw_forest(results: dict[str, Any]) -> _Picture:
     rows = [row for row in members_of(results["rows"], "table2") if not row["is_reference"]]
     rows = [row for row in rows if (row["against_moxe"].get("validation_loss") or {"n": 0})["n"]]
@@ -373,9 +355,6 @@ def _draw_forest(results: dict[str, Any]) -> _Picture:
     )
 
 
-# ---- theory ----
-
-
 def _draw_theory(results: dict[str, Any]) -> _Picture:
     reference = next((row for row in results["rows"] if row["is_reference"]), None)
     slopes = odds_slopes(reference) if reference else []
@@ -397,9 +376,6 @@ def _draw_theory(results: dict[str, Any]) -> _Picture:
         f"How the odds of an mLSTM expert rise with difficulty, beside 2 gamma = {expected:g}: {'; '.join(told)}.",
         f"Dots with intervals: fitted slope in {len(slopes)} layers, and a dashed line at 2 gamma.",
     )
-
-
-# ---- parts of a picture ----
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -12,7 +12,7 @@ from moxe.experiments.measures import MEASURES, Measure, diverged, peak_memory
 from moxe.experiments.theory import LayerEstimate, expected_slope, routing_quantities
 from moxe.experiments.wall_clock import members_of
 
-_NOTHING = "–"  # noqa: RUF001
+_NOTHING = "-"
 _MEASURES = {measure.key: measure for measure in MEASURES}
 _TITLES = {
     "table1": "Table 1: the four models",

@@ -67,7 +67,7 @@ def test_the_lowest_perplexity_holds_only_against_all_three():
 )
 def test_a_part_of_table_2_matters_if_it_was_planted_to(name: str, verdict: str):
     results = make_results()
-    claim = judged(results, f"Without its part, {name} ")
+    claim = judged(results, f"{name} has a higher")
     assert claim["verdict"] == verdict
     against = row_named(results, name)["against_moxe"]["lambada_perplexity"]
     assert f"{against['mean']:,.3f} [{against['low']:,.3f}, {against['high']:,.3f}] times" in claim["because"]

@@ -247,7 +247,7 @@ def _rarity(token_ids: Ints, token_counts: Mapping[int, int] | None) -> Floats:
         counts, total = here, len(token_ids)
     else:
         counts = np.array([max(1, token_counts.get(int(token), 0)) for token in distinct])
-        total = max(sum(token_counts.values()), int(counts.sum()))
+        total = max(1, sum(token_counts.values()))
     return (math.log(total) - np.log(counts))[inverse]
 
 

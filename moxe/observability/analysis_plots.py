@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -30,9 +29,7 @@ def draw_analysis(analysis: RoutingAnalysis, output_dir: str | Path) -> list[Pat
     if len(difficulties) == len(of_layers):
         figures["odds"] = _draw_odds(analysis, difficulties)
         figures["difficulty"] = _draw_difficulty(difficulties)
-    # An SVG would otherwise hold the time and random names, and differ each time.
-    with mpl.rc_context({"svg.hashsalt": "moxe"}):
-        return [save(figure, output_dir / f"{name}.{suffix}") for name, figure in figures.items() for suffix in FORMATS]
+    return [save(figure, output_dir / f"{name}.{suffix}") for name, figure in figures.items() for suffix in FORMATS]
 
 
 def _draw_odds(analysis: RoutingAnalysis, difficulties: list[DifficultyAnalysis]) -> Figure:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -33,8 +34,9 @@ def grid(panels: int, columns: int, xlabel: str) -> tuple[Figure, Sequence[Axes]
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure in the format of the path's suffix."""
+    """Write the figure in the format of the path's suffix; the same figure gives the same file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary)
+    with mpl.rc_context({"svg.hashsalt": "moxe"}):  # names inside an SVG are random otherwise
+        figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
     os.replace(temporary, path)
     return path

@@ -366,9 +366,9 @@ examples:
   moxe train default                                    train on text that ships with Python
   moxe train local-text --data.source corpus.txt        train on your own text
   moxe eval runs/default --data corpus.txt              perplexity and bits a byte
-  moxe analyse runs/default --data corpus.txt           whether the routing does what the theory says
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
+  moxe analyse runs/default --data corpus.txt           whether the routing does what the theory says
   moxe doctor                                           which backends are here, and whether they are right
   moxe verify-resume default                            kill a training, go on, compare the weights
   moxe bench training decoding                          speed and memory on this machine, beside other models
@@ -432,6 +432,21 @@ With --task: perplexity and accuracy of the last word of each text, as LAMBADA m
     sub.add_argument("--limit", type=_whole_number(1), metavar="N", help="only the first N texts")
     _add_json(sub)
 
+    sub = command("generate", generate, "write on from a prompt, as the model goes")
+    _add_checkpoint(sub)
+    sub.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the new text in tokens (default: 100)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token (default: 1)")
+    sub.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
+    sub.add_argument("--top-p", type=float, metavar="P", help="sample among the fewest tokens that have probability P")
+    sub.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams; prints at the end")
+    sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes sampling repeatable")
+
+    sub = command("info", info, "say how large a model is and what a token costs")
+    sub.add_argument("model", metavar="CHECKPOINT|RECIPE", help="folder of a trained model, or a recipe as for train")
+    _add_overrides(sub)
+    _add_json(sub)
+
     sub = command(
         "analyse",
         analyse,
@@ -456,21 +471,6 @@ tokens go to mLSTM experts; the load. Writes analysis.json and pictures; docs/an
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: CHECKPOINT/analysis)")
     _add_json(sub)
     sub.set_defaults(task=None)
-
-    sub = command("generate", generate, "write on from a prompt, as the model goes")
-    _add_checkpoint(sub)
-    sub.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the new text in tokens (default: 100)")
-    sub.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token (default: 1)")
-    sub.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
-    sub.add_argument("--top-p", type=float, metavar="P", help="sample among the fewest tokens that have probability P")
-    sub.add_argument("--num-beams", type=int, metavar="N", help="beam search with N beams; prints at the end")
-    sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="makes sampling repeatable")
-
-    sub = command("info", info, "say how large a model is and what a token costs")
-    sub.add_argument("model", metavar="CHECKPOINT|RECIPE", help="folder of a trained model, or a recipe as for train")
-    _add_overrides(sub)
-    _add_json(sub)
 
     sub = command(
         "doctor",

@@ -166,7 +166,7 @@ def _check_headers(folder: Path, files: list[str], config: PreTrainedConfig) -> 
                     choices = ", ".join(_DTYPES_OF_WEIGHTS)
                     raise UserError(f"{folder / file} holds {name} in the dtype {dtype}, not one of: {choices}")
                 found.add(name)
-    for name, _ in model.named_parameters():  # a tied weight comes once
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):  # a tied weight comes once
         if name not in found:
             raise UserError(f"{misfit} {name} is missing")
 

@@ -19,6 +19,7 @@ RouterKind = Literal["entropy", "standard"]
 BiasKind = Literal["standard", "proportional", "masked"]
 GroupLossKind = Literal["kl", "squared_difference", "squared_distance", "jensen_shannon"]
 DifficultyTarget = Literal["router_entropy", "token_loss"]
+LoadBalancing = Literal["loss", "bias"]
 BackendName = Literal["auto", "reference", "torch", "cpu"]
 
 _CHOICES = {
@@ -28,6 +29,7 @@ _CHOICES = {
     "bias_kind": get_args(BiasKind),
     "group_loss_kind": get_args(GroupLossKind),
     "difficulty_target": get_args(DifficultyTarget),
+    "load_balancing": get_args(LoadBalancing),
     "backend": get_args(BackendName),
 }
 # The largest size of each, far beyond any model, so that no product of them overflows where memory is asked for.
@@ -54,6 +56,7 @@ _NOT_NEGATIVE = (
     "group_loss_coef",
     "router_z_loss_coef",
     "load_balancing_loss_coef",
+    "balancing_bias_rate",
 )
 _SIZES = tuple(name for name in _LARGEST if name not in (*_POSITIVE, *_NOT_NEGATIVE))
 _YES_OR_NO = ("ffn_residual", "detach_difficulty_target", "router_bias", "tie_word_embeddings", "use_cache")
@@ -96,6 +99,10 @@ class MoxEConfig(PreTrainedConfig):
         detach_difficulty_target: whether no gradient flows into the router's entropy, so that the router is not trained
             to match its own difficulty.
         difficulty_loss_coef, group_loss_coef, router_z_loss_coef, load_balancing_loss_coef: the lambdas of (21).
+        load_balancing: `loss`, equation 20 as a term of the loss; or `bias`, without that term: a bias for each expert,
+            added to the probabilities for the choice of the k experts alone, that `update_balancing_bias` raises for
+            experts with too few tokens and lowers for those with too many after each step (Wang et al., 2024).
+        balancing_bias_rate: what the bias of an expert changes by in a step.
         conv_kernel_size: taps of the causal depthwise convolution.
         qkv_block_size: block size of the block-diagonal q, k, v projections of the mLSTM block.
         mlstm_expansion: inner width of the mLSTM block as a multiple of D.
@@ -148,6 +155,8 @@ class MoxEConfig(PreTrainedConfig):
     group_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     load_balancing_loss_coef: float = 0.01
+    load_balancing: str = "loss"
+    balancing_bias_rate: float = 0.001
     conv_kernel_size: int = 4
     qkv_block_size: int = 16
     mlstm_expansion: float = 2.0

@@ -83,6 +83,7 @@ class MoxELayer(nn.Module):
             gamma=config.gamma,
             difficulty_threshold=config.difficulty_threshold,
             router_bias=config.router_bias,
+            load_balancing=config.load_balancing,
         )
         self.experts = Experts(
             num_experts=config.num_experts,
@@ -208,12 +209,12 @@ class MoxEPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=small_init_std(self.config.hidden_size))
         elif callable(reset := getattr(module, "reset_parameters", None)):
-            # What a checkpoint holds stays, also where it lacks another parameter of the same module.
-            own = module.parameters(recurse=False)
-            loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+            # What a checkpoint holds stays, also where it lacks another tensor of the same module.
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            loaded = [(tensor, tensor.clone()) for tensor in own if getattr(tensor, "_is_hf_initialized", False)]
             reset()
-            for parameter, value in loaded:
-                parameter.copy_(value)
+            for tensor, value in loaded:
+                tensor.copy_(value)
 
 
 class MoxEModel(MoxEPreTrainedModel):
@@ -488,8 +489,9 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
             config.difficulty_loss_coef * means.difficulty
             + config.group_loss_coef * means.group
             + config.router_z_loss_coef * means.z
-            + config.load_balancing_loss_coef * means.load_balancing
         )
+        if config.load_balancing == "loss":
+            router_loss = router_loss + config.load_balancing_loss_coef * means.load_balancing
         share = 1.0 if num_items_in_batch is None else num_targets / max(total, 1)
         return {
             "loss": lm_loss + share * router_loss,
@@ -499,6 +501,33 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
             "z_loss": means.z,
             "load_balancing_loss": means.load_balancing,
         }
+
+    def update_balancing_bias(self, assignments: Tensor) -> None:
+        """Moves the experts' biases of `load_balancing="bias"` towards an equal load: b_e += rate sign(mean - load_e).
+
+        To be called once for each step of the optimiser that is made, with what the whole step sent to each expert: the
+        sum over its forward passes (and processes) of
+
+            torch.stack([routing.assignments() for routing in model(**batch, output_router_logits=True).routing])
+
+        MoxETrainer does so. With a trainer that does not call it the load is not balanced at all. The biases are
+        buffers: `state_dict` and checkpoints hold them, in the dtype of the model; bfloat16 is too coarse to train in.
+
+        Args:
+            assignments: [layers, E] numbers of tokens, on any device.
+
+        Raises:
+            ValueError: for a model without these biases, or assignments of another shape.
+        """
+        config = self.config
+        if config.load_balancing != "bias":
+            raise ValueError(f"load_balancing={config.load_balancing!r} has no bias to update: it must be 'bias'")
+        shape = (config.num_hidden_layers, config.num_experts)
+        if assignments.shape != shape:
+            raise ValueError(f"assignments must be [layers, E] = {list(shape)}, got {list(assignments.shape)}")
+        for layer, counts in zip(self.model.layers, assignments, strict=True):
+            assert isinstance(layer, MoxELayer)
+            layer.router.move_balancing_bias(counts, config.balancing_bias_rate)
 
     def prepare_inputs_for_generation(
         self,

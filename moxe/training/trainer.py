@@ -118,6 +118,7 @@ class MoxETrainer(Trainer):
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients
         self.loss_terms: tuple[str, ...] = model.loss_terms
         self._begin_step()
+        self.moves_balancing_bias = getattr(model.config, "load_balancing", None) == "bias"
         num_experts = getattr(model.config, "num_experts", 0)
         self.interval_losses, self.interval_routing = LossMeter(self.loss_terms), RoutingMeter(num_experts)
         self.validation_routing = RoutingMeter(num_experts)
@@ -145,6 +146,7 @@ class MoxETrainer(Trainer):
     def _begin_step(self) -> None:
         self.step_batches: list[dict[str, Tensor]] = []
         self.step_losses = torch.zeros(len(self.loss_terms), dtype=torch.float64)  # on the CPU
+        self.step_assignments: list[Tensor] = []  # [L, E] of each forward pass, on the CPU
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         assert isinstance(self.model, PreTrainedModel)
@@ -174,12 +176,16 @@ class MoxETrainer(Trainer):
             self.step_batches.append(inputs)
             if outputs.routing:
                 self.interval_routing.add(outputs.routing, inputs.get("attention_mask"))
+            if self.moves_balancing_bias:
+                self.step_assignments.append(torch.stack([layer.assignments() for layer in outputs.routing]).cpu())
         return (loss, outputs) if return_outputs else loss
 
     # Update
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         """Judge the step, then clip its gradient, or take it away so that the optimiser changes nothing.
+
+        The experts' balancing biases move with it: by the routing of the whole step, and not if it is not made.
 
         Returns:
             The norm before clipping.
@@ -189,8 +195,11 @@ class MoxETrainer(Trainer):
         norm = total_norm(self.norms)
         if not self._may_update(norm.item()):
             self.model.zero_grad(set_to_none=True)
-        elif self.args.max_grad_norm > 0:
-            clip_grads_with_norm_(self.model.parameters(), self.args.max_grad_norm, norm)
+        else:
+            if self.moves_balancing_bias:
+                self.model.update_balancing_bias(self._reduce(torch.stack(self.step_assignments).sum(0)))
+            if self.args.max_grad_norm > 0:
+                clip_grads_with_norm_(self.model.parameters(), self.args.max_grad_norm, norm)
         self._begin_step()
         return norm.item()
 

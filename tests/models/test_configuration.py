@@ -49,6 +49,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mlstm_ffn_expansion": 65}, "mlstm_ffn_expansion=65 must be at most 64"),
     ({"difficulty_target": "loss"}, "difficulty_target='loss' is not one of: router_entropy, token_loss"),
     ({"detach_difficulty_target": None}, "detach_difficulty_target=None must be true or false"),
+    ({"load_balancing": "none"}, "load_balancing='none' is not one of: loss, bias"),
+    ({"balancing_bias_rate": -0.1}, "balancing_bias_rate=-0.1 must be a finite number at least 0"),
     ({"ffn_residual": 0}, "ffn_residual=0 must be true or false"),
 ]
 

@@ -62,6 +62,8 @@ def total_loss_by_hand(model: MoxEForCausalLM, ids: Tensor) -> dict[str, Tensor]
         sums["load_balancing_loss_coef"] += experts * (fraction * p.mean(0)).sum()
     terms = {ROUTER_LOSS_OF[name]: value / layers for name, value in sums.items()}
     lm_loss = torch.stack(surprise).mean()
+    if model.config.load_balancing == "bias":  # reported, but no term of the loss
+        sums.pop("load_balancing_loss_coef")
     router = sum(getattr(model.config, name) * terms[ROUTER_LOSS_OF[name]] for name in sums)
     return {"loss": lm_loss + router, "lm_loss": lm_loss, **terms}
 
@@ -134,6 +136,48 @@ def test_equation_21_each_coefficient_weighs_its_own_term(coefficient: str):
     out = tiny_model(**{**nothing, coefficient: 0.25})(ids, labels=ids)
     assert_equal(out.loss, out.lm_loss + 0.25 * getattr(out, ROUTER_LOSS_OF[coefficient]))
     assert_equal(tiny_model(**nothing)(ids, labels=ids).loss, out.lm_loss)
+
+
+def test_balancing_biases_move_by_the_rate_towards_an_equal_load_in_each_layer():
+    model, ids = tiny_model(load_balancing="bias", balancing_bias_rate=0.25), token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    routing = model(ids, attention_mask=mask, output_router_logits=True).routing
+    assignments = torch.stack([decided.assignments() for decided in routing])
+    before = [layer.router.balancing_bias.clone() for layer in model.model.layers]
+    model.update_balancing_bias(assignments)
+    for layer, decided in enumerate(routing):
+        indices = decided.expert_indices[mask.bool()].flatten().tolist()
+        counts = [indices.count(expert) for expert in range(TINY["num_experts"])]
+        assert assignments[layer].tolist() == counts
+        assert sum(counts) == 15 * TINY["num_experts_per_tok"]
+        mean = sum(counts) / len(counts)
+        moved = [0.25 * ((count < mean) - (count > mean)) for count in counts]
+        assert_equal(model.model.layers[layer].router.balancing_bias, before[layer] + torch.tensor(moved))
+    model.update_balancing_bias(torch.full((2, 4), 7))  # in balance: nothing moves
+    assert_equal(model.model.layers[1].router.balancing_bias, before[1] + torch.tensor(moved))
+
+
+def test_a_balancing_bias_that_is_updated_evens_out_the_load_of_a_model_that_is_not_trained():
+    model, ids = tiny_model(load_balancing="bias", balancing_bias_rate=0.01), token_ids(8, 32)
+
+    def unevenness() -> Tensor:
+        with torch.no_grad():
+            routing = model(ids, output_router_logits=True).routing
+        load = torch.stack([decided.assignments() for decided in routing])
+        model.update_balancing_bias(load)
+        return (load / load.sum(1, keepdim=True) - 1 / TINY["num_experts"]).abs().max()
+
+    unevennesses = [unevenness() for _ in range(60)]
+    assert unevennesses[0] > 0.1
+    assert max(unevennesses[-5:]) < 0.05
+
+
+def test_balancing_biases_are_updated_only_where_there_are_any_and_by_numbers_for_each_expert():
+    with pytest.raises(ValueError, match="load_balancing='loss' has no bias to update: it must be 'bias'"):
+        tiny_model().update_balancing_bias(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"assignments must be \[layers, E\] = \[2, 4\], got \[4\]"):
+        tiny_model(load_balancing="bias").update_balancing_bias(torch.zeros(4))
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 2, 4])

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import moxe
+from moxe.errors import UserError
+from moxe.models.checkpoint import load_model
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM, MoxEModel
-from tests.models.tiny import EXPERT_KINDS, OPTIONS, tiny_model, token_ids
+from tests.models.tiny import EXPERT_KINDS, OPTIONS, tiny_config, tiny_model, token_ids
 from tests.modules.comparison import assert_equal
 
 MLSTM = {
@@ -87,6 +89,16 @@ def test_a_checkpoint_holds_exactly_these_names_and_shapes(expert_kind: str, tmp
 def test_a_router_without_bias_or_difficulty_saves_neither():
     names = tiny_model(router_kind="standard", router_bias=False).state_dict()
     assert {name.split("router.")[1] for name in names if "router." in name} == {"weight"}
+
+
+def test_balancing_biases_are_saved_where_there_are_any_and_refused_where_they_lack(tmp_path: Path):
+    with_bias, without = tiny_model(load_balancing="bias").state_dict(), tiny_model().state_dict()
+    biases = {f"model.layers.{layer}.router.balancing_bias" for layer in range(2)}
+    assert with_bias.keys() - without.keys() == biases
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_config(load_balancing="bias").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"do not fit its config.json: model.layers.0.router.balancing_bias is missing"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("load", [MoxEForCausalLM, AutoModelForCausalLM], ids=lambda cls: cls.__name__)

@@ -25,6 +25,7 @@ EXPERT_MEMORIES = ("sequence", "token")
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"expert_kind": "ffn", "ffn_residual": False},
     {"mlstm_ffn_expansion": 1.3},
+    {"load_balancing": "bias"},
 )
 # Those that change nothing but the losses.
 LOSS_OPTIONS: tuple[dict[str, Any], ...] = (
@@ -38,12 +39,18 @@ def tiny_config(**settings: Any) -> MoxEConfig:
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> MoxEForCausalLM:
-    """A model in evaluation mode whose every parameter matters: a fresh one has zeros, ones and near-uniform logits."""
+    """A model in evaluation mode whose every parameter matters: a fresh one has zeros, ones and near-uniform logits.
+
+    The biases of `load_balancing="bias"` too; they stay float32.
+    """
     torch.manual_seed(seed)
     model = MoxEForCausalLM(tiny_config(**settings))
     scramble(model, seed)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for bias in model.buffers():
+        bias.normal_(std=0.2, generator=generator)
     return model.eval()
 
 

@@ -159,7 +159,7 @@ class Routed:
 
 
 def route(h: Tensor, w: Weights, *, k: int, gamma: float) -> Routed:
-    """Equations 5 to 8, and the choice in 9."""
+    """Equations 5 to 8, and the choice in 9, by probability plus balancing bias where there is one."""
     difficulty = torch.sigmoid(h @ w["difficulty_weight"] + w["difficulty_bias"])
     unbiased = h @ w["weight"].T + w["bias"]
     logits = unbiased.clone()
@@ -167,7 +167,8 @@ def route(h: Tensor, w: Weights, *, k: int, gamma: float) -> Routed:
     for e in range(unbiased.shape[1]):
         logits[:, e] = unbiased[:, e] + (gamma if e < half else -gamma) * difficulty
     probabilities = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
-    chosen = [sorted(range(2 * half), key=lambda e, p=row: -p[e])[:k] for row in probabilities.tolist()]
+    scores = probabilities + w["balancing_bias"] if "balancing_bias" in w else probabilities
+    chosen = [sorted(range(2 * half), key=lambda e, p=row: -p[e])[:k] for row in scores.tolist()]
     experts = torch.tensor(chosen).reshape(len(h), k)
     picked = probabilities.gather(1, experts)
     return Routed(difficulty, unbiased, logits, probabilities, experts, picked / picked.sum(-1, keepdim=True))
@@ -210,7 +211,7 @@ def layer_forward(
     x = x + slstm_block(x, weights_of(layer.get_submodule("slstm_mixer")), heads)
     h = x + mlstm_block(x, weights_of(layer.get_submodule("mlstm_mixer")), heads)
     router = layer.get_submodule("router")
-    routed = route(h, dict(router.named_parameters()), k=k, gamma=gamma)
+    routed = route(h, {**dict(router.named_parameters()), **dict(router.named_buffers())}, k=k, gamma=gamma)
     kinds = kinds_of(expert_kind, routed.logits.shape[1])
     y = mix_experts(h, layer.get_submodule("experts"), kinds, routed.experts, routed.weights, heads, residual)
     return y, routed

@@ -27,6 +27,7 @@ def make_router(**settings: Any) -> Router:
         "gamma": 0.7,
         "difficulty_threshold": 0.5,
         "router_bias": True,
+        "load_balancing": "loss",
     }
     router = Router(**{**defaults, **settings})
     scramble(router, scale=1.0)
@@ -118,6 +119,43 @@ def test_the_standard_router_has_no_difficulty_and_no_bias():
     assert routing.difficulty is None
     assert_equal(routing.logits, unbiased_by_hand(router, h))
     assert set(router.state_dict()) == {"weight", "bias"}
+
+
+def test_a_balancing_bias_moves_the_choice_and_neither_weights_nor_logits():
+    router, plain, h = make_router(load_balancing="bias"), make_router(), tokens()
+    assert router.balancing_bias is not None
+    assert "balancing_bias" in router.state_dict()
+    assert "balancing_bias" not in {**dict(router.named_parameters()), **plain.state_dict()}
+    assert (router.balancing_bias == 0).all()
+    assert torch.equal(router(h).expert_indices, plain(h).expert_indices)
+    router.balancing_bias[:] = torch.tensor([0.4, -0.4, 0.1, 0.0, -0.2, 0.3])
+    routing, others = router(h), plain(h)
+    assert_equal(routing.logits, others.logits)
+    assert (routing.expert_indices.sort(-1).values != others.expert_indices.sort(-1).values).any()
+    p = torch.softmax(plain(h).logits, -1)
+    scores = (p.detach() + router.balancing_bias).tolist()
+    for t in range(TOKENS):
+        largest = sorted(range(EXPERTS), key=lambda e, score=scores[t]: -score[e])[:K]
+        assert routing.expert_indices[t].tolist() == largest
+        assert_equal(routing.expert_weights[t], p[t, largest] / p[t, largest].sum())
+    weights = p.gather(-1, routing.expert_indices)
+    expected = (weights / weights.sum(-1, keepdim=True) * torch.arange(K)).sum()
+    ours = torch.autograd.grad((routing.expert_weights * torch.arange(K)).sum(), list(router.parameters()))
+    theirs = torch.autograd.grad(expected, list(plain.parameters()))
+    for actual, wanted in zip(ours, theirs, strict=True):
+        assert_equal(actual, wanted)
+
+
+def test_weights_are_finite_where_the_bias_chooses_experts_whose_probabilities_are_all_zero():
+    router = make_router(load_balancing="bias")
+    assert router.bias is not None
+    assert router.balancing_bias is not None
+    with torch.no_grad():
+        router.bias[:] = torch.tensor([1e4, -1e4, -1e4, -1e4, -1e4, 1e4])
+    router.balancing_bias[:] = torch.tensor([-3.0, 0, 0, 0, 0, -3.0])
+    routing = router(tokens())
+    assert not ((routing.expert_indices == 0) | (routing.expert_indices == 5)).any()
+    assert_equal(routing.expert_weights.sum(-1), torch.ones(TOKENS, dtype=torch.float64))
 
 
 def test_the_router_computes_in_float32_under_autocast():

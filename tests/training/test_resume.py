@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from rich.console import Console
+from safetensors.torch import load_file
 
 import moxe.training.run as run_module
 from moxe.data.corpus import Corpus, prepare
@@ -187,6 +188,21 @@ def test_accumulation_over_several_epochs_goes_on_in_the_middle_of_one(make_reci
     train(make_recipe(name="parts", **settings), quiet())
     assert max(record["epoch"] for record in timeless_metrics(whole)) > 1
     assert_same_run(recipe.run_dir, whole)
+
+
+def test_the_balancing_biases_of_experts_go_on_where_they_were(make_recipe: MakeRecipe):
+    def balanced(name: str) -> Recipe:
+        recipe = make_recipe(name=name, max_steps=5, gradient_accumulation_steps=2, save_steps=0, eval_steps=0)
+        return replace(recipe, model={**recipe.model, "load_balancing": "bias", "balancing_bias_rate": 0.05})
+
+    whole = train(balanced("whole"), quiet()).path
+    for step in (1, 3):
+        stop(balanced("parts"), lambda patch, step=step: at_step(step, sender(signal.SIGTERM), patch))
+    result = train(balanced("parts"), quiet())
+    assert_same_run(result.path, whole)
+    biases = [x for name, x in load_file(whole / "model.safetensors").items() if name.endswith("balancing_bias")]
+    assert len(biases) == 2
+    assert all(bias.any() for bias in biases)
 
 
 def stream_in_place_of_the_dataset(opened: list[tuple[int, int]]) -> Callable[..., Corpus]:

@@ -11,23 +11,39 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moxe.models.configuration_moxe import MoxEConfig
+    from moxe.models.configuration_xlstm import XLSTMConfig
     from moxe.models.modeling_moxe import MoxEForCausalLM, MoxEModel
+    from moxe.models.modeling_xlstm import XLSTMForCausalLM, XLSTMModel
 
 __version__ = "0.1.0"
-__all__ = ["MoxEConfig", "MoxEForCausalLM", "MoxEModel", "__version__"]
+__all__ = [
+    "MoxEConfig",
+    "MoxEForCausalLM",
+    "MoxEModel",
+    "XLSTMConfig",
+    "XLSTMForCausalLM",
+    "XLSTMModel",
+    "__version__",
+]
 
 
 def register() -> None:
     """Import the model, give this package its public names, and register them with transformers' Auto classes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    global MoxEConfig, MoxEForCausalLM, MoxEModel
+    global MoxEConfig, MoxEForCausalLM, MoxEModel, XLSTMConfig, XLSTMForCausalLM, XLSTMModel
     from moxe.models.configuration_moxe import MoxEConfig
+    from moxe.models.configuration_xlstm import XLSTMConfig
     from moxe.models.modeling_moxe import MoxEForCausalLM, MoxEModel
+    from moxe.models.modeling_xlstm import XLSTMForCausalLM, XLSTMModel
 
-    AutoConfig.register(MoxEConfig.model_type, MoxEConfig, exist_ok=True)
-    AutoModel.register(MoxEConfig, MoxEModel, exist_ok=True)
-    AutoModelForCausalLM.register(MoxEConfig, MoxEForCausalLM, exist_ok=True)
+    for config, model, language_model in (
+        (MoxEConfig, MoxEModel, MoxEForCausalLM),
+        (XLSTMConfig, XLSTMModel, XLSTMForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, language_model, exist_ok=True)
 
 
 # Loading takes seconds. The program `moxe` does it itself, once it knows that a command needs the model and not, say, a

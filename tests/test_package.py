@@ -20,7 +20,8 @@ SIZES = {
 
 
 def test_the_public_names_are_those_of_the_readme():
-    assert set(moxe.__all__) == {"MoxEConfig", "MoxEModel", "MoxEForCausalLM", "__version__"}
+    moxe_names = {"MoxEConfig", "MoxEModel", "MoxEForCausalLM"}
+    assert set(moxe.__all__) == {*moxe_names, "XLSTMConfig", "XLSTMModel", "XLSTMForCausalLM", "__version__"}
     assert all(hasattr(moxe, name) for name in moxe.__all__)
 
 

@@ -14,8 +14,10 @@ from transformers.activations import ACT2FN
 
 from moxe.errors import UserError, shown
 from moxe.models.baselines import Gemma2ForCausalLM, LlamaForCausalLM, Qwen2MoeForCausalLM
-from moxe.models.configuration_moxe import MoxEConfig
+from moxe.models.configuration_moxe import MoxEConfig, RecurrentConfig
+from moxe.models.configuration_xlstm import XLSTMConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.modeling_xlstm import XLSTMForCausalLM
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Architecture:
     @property
     def is_ours(self) -> bool:
         """Whether it is made of the blocks of moxe, which carry a recurrent state and have a backend."""
-        return not issubclass(self.config_class, (Gemma2Config, LlamaConfig, Qwen2MoeConfig))
+        return issubclass(self.config_class, RecurrentConfig)
 
     def setting_types(self) -> dict[str, Any]:
         """The names that the `model` section may set beside `architecture`, and the Python type of each.
@@ -76,6 +78,7 @@ class Architecture:
 
 _ALL = (
     Architecture("moxe", "MoxE", MoxEConfig, MoxEForCausalLM),
+    Architecture("xlstm", "xLSTM", XLSTMConfig, XLSTMForCausalLM),
     Architecture("gemma2", "Gemma 2", Gemma2Config, Gemma2ForCausalLM),
     Architecture(
         "qwen2_moe",
@@ -158,11 +161,3 @@ def _check_sizes(config: Any, setting_types: Mapping[str, Any]) -> None:
             f"num_attention_heads={config.num_attention_heads} is not divisible by "
             f"num_key_value_heads={config.num_key_value_heads}"
         )
-    head_size = head_dim(config)
-    if head_size % 2:
-        raise ValueError(f"head_dim={head_size} is odd: rotary positions turn its numbers in pairs")
-
-
-def head_dim(config: Any) -> int:
-    """Size of an attention head of a model of transformers."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Literal, TypeGuard, get_args
+from collections.abc import Collection, Iterable
+from typing import Any, Literal, TypeGuard, get_args
 
 from transformers import PreTrainedConfig
 
@@ -40,6 +41,7 @@ _LARGEST = {
     "num_heads": 2**17,
     "num_experts": 2**14,
     "num_experts_per_tok": 2**14,
+    "mlstm_per_slstm": 2**10,
     "conv_kernel_size": 2**16,
     "qkv_block_size": 2**23,
     "mlstm_expansion": 64,
@@ -73,7 +75,72 @@ PASSED_BY_TRANSFORMERS = {
 }
 
 
-class MoxEConfig(PreTrainedConfig):
+class RecurrentConfig(PreTrainedConfig):
+    """What the configurations of models made of xLSTM blocks share: they refuse what no model of theirs can have."""
+
+    def __post_init__(self, **kwargs):
+        unknown = [name for name in kwargs if name not in PASSED_BY_TRANSFORMERS and not name.startswith("_")]
+        if unknown:
+            raise ValueError(unknown_name_message(unknown[0], type(self)))
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        own = self.setting_names()
+        for name in _of(own, _CHOICES):
+            value = getattr(self, name)
+            if value not in _CHOICES[name]:
+                raise ValueError(f"{name}={shown(value)} is not one of: {', '.join(_CHOICES[name])}")
+        for name in _of(own, _SIZES):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1")
+        for name in _of(own, (*_POSITIVE, *_NOT_NEGATIVE)):
+            value = getattr(self, name)
+            lowest = "above 0" if name in _POSITIVE else "at least 0"
+            in_range = isinstance(value, int | float) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))
+            if not in_range or value == float("inf"):
+                raise ValueError(f"{name}={shown(value)} must be a finite number {lowest}")
+        for name in _of(own, _LARGEST):
+            if getattr(self, name) > _LARGEST[name]:
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be at most {_LARGEST[name]}")
+        for name in _of(own, _YES_OR_NO):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be true or false")
+        for name in _TOKEN_IDS:
+            value = getattr(self, name)
+            tokens = value if isinstance(value, list) and name == "eos_token_id" else [value]
+            if value is not None and not all(_is_whole(token) and abs(token) < 2**63 for token in tokens):
+                raise ValueError(f"{name}={shown(value)} must be the number of a token, or null")
+        self._check_divides("hidden_size", "num_heads")
+        self._check_divides("mlstm_inner_size", "num_heads")
+        self._check_divides("mlstm_inner_size", "qkv_block_size")
+
+    def _check_divides(self, name: str, divisor_name: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if value % divisor:
+            raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}")
+
+    @property
+    def mlstm_inner_size(self) -> int:
+        """Width of the mLSTM cell: `mlstm_expansion` x D."""
+        sizes: Any = self
+        return round(sizes.mlstm_expansion * sizes.hidden_size)
+
+    @property
+    def slstm_ffn_size(self) -> int:
+        """Width of the sLSTM block's feed-forward part, rounded up to a multiple of 64."""
+        sizes: Any = self
+        return _round_up(sizes.slstm_ffn_expansion * sizes.hidden_size, 64)
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The names a recipe's `model` section may set: the fields this class declares itself."""
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in inherited)
+
+
+class MoxEConfig(RecurrentConfig):
     """Sizes, routing and losses of a Mixture of xLSTM Experts.
 
     Args:
@@ -172,39 +239,13 @@ class MoxEConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
-        unknown = [name for name in kwargs if name not in PASSED_BY_TRANSFORMERS and not name.startswith("_")]
-        if unknown:
-            raise ValueError(unknown_name_message(unknown[0], "MoxEConfig"))
-        super().__post_init__(**kwargs)
-        self._check()
+    @property
+    def num_residual_blocks(self) -> int:
+        """Blocks that add to the residual stream, one behind the other: in a layer two mixers and the experts."""
+        return 3 * self.num_hidden_layers
 
     def _check(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name}={shown(value)} is not one of: {', '.join(choices)}")
-        for name in _SIZES:
-            value = getattr(self, name)
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name}={shown(value)} must be a whole number of at least 1")
-        for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            value = getattr(self, name)
-            lowest = "above 0" if name in _POSITIVE else "at least 0"
-            in_range = isinstance(value, int | float) and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))
-            if not in_range or value == float("inf"):
-                raise ValueError(f"{name}={shown(value)} must be a finite number {lowest}")
-        for name, largest in _LARGEST.items():
-            if getattr(self, name) > largest:
-                raise ValueError(f"{name}={shown(getattr(self, name))} must be at most {largest}")
-        for name in _YES_OR_NO:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={shown(getattr(self, name))} must be true or false")
-        for name in _TOKEN_IDS:
-            value = getattr(self, name)
-            tokens = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            if value is not None and not all(_is_whole(token) and abs(token) < 2**63 for token in tokens):
-                raise ValueError(f"{name}={shown(value)} must be the number of a token, or null")
+        super()._check()
         if self.num_experts % 2:
             raise ValueError(
                 f"num_experts={self.num_experts} is odd: half of the experts form group M and half group S, so it "
@@ -218,19 +259,6 @@ class MoxEConfig(PreTrainedConfig):
             raise ValueError(
                 f"ffn_residual=False is for feed-forward experts: with it expert_kind={self.expert_kind!r} must be ffn"
             )
-        self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "num_heads", self.num_heads)
-        self._check_divides("mlstm_inner_size", self.mlstm_inner_size, "qkv_block_size", self.qkv_block_size)
-
-    @staticmethod
-    def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
-        if value % divisor:
-            raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}")
-
-    @property
-    def mlstm_inner_size(self) -> int:
-        """Width of the mLSTM cell: `mlstm_expansion` x D."""
-        return round(self.mlstm_expansion * self.hidden_size)
 
     @property
     def mlstm_ffn_size(self) -> int:
@@ -238,32 +266,26 @@ class MoxEConfig(PreTrainedConfig):
         return _round_up(self.mlstm_ffn_expansion * self.hidden_size, 64)
 
     @property
-    def slstm_ffn_size(self) -> int:
-        """Width of the sLSTM block's feed-forward part, rounded up to a multiple of 64."""
-        return _round_up(self.slstm_ffn_expansion * self.hidden_size, 64)
-
-    @property
     def ffn_size(self) -> int:
         """Width of a feed-forward expert, rounded up to a multiple of 64."""
         return _round_up(self.ffn_expansion * self.hidden_size, 64)
-
-    @classmethod
-    def setting_names(cls) -> tuple[str, ...]:
-        """The names a recipe's `model` section may set: the fields this class declares itself."""
-        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        return tuple(field.name for field in dataclasses.fields(cls) if field.name not in inherited)
 
 
 def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def unknown_name_message(name: str, owner: str) -> str:
+def _of(own: Collection[str], names: Iterable[str]) -> list[str]:
+    """Those of `names` that a configuration has."""
+    return [name for name in names if name in own]
+
+
+def unknown_name_message(name: str, owner: type[RecurrentConfig]) -> str:
     """One sentence that refuses `name` and offers the nearest valid one."""
-    names = MoxEConfig.setting_names()
+    names = owner.setting_names()
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid names: {', '.join(names)}"
-    return f"{owner} has no setting {name!r}: {hint}"
+    return f"{owner.__name__} has no setting {name!r}: {hint}"
 
 
 def _round_up(value: float, multiple: int) -> int:

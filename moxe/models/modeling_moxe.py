@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,6 @@ from moxe.ops.cross_entropy import IGNORED, linear_cross_entropies
 from moxe.ops.grouped_linear import FEW_ROWS, grouped_linear
 from moxe.ops.routing import ExpertRows
 from moxe.ops.segments import Segments
-
-RESIDUAL_BLOCKS_A_LAYER = 3  # sLSTM mixer, mLSTM mixer, experts
 
 
 @dataclass
@@ -71,9 +70,9 @@ class MoxELayer(nn.Module):
     def __init__(self, config: MoxEConfig, layer: int) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        first_block = RESIDUAL_BLOCKS_A_LAYER * layer
-        self.slstm_mixer = _make_slstm(config, first_block, 1)
-        self.mlstm_mixer = _make_mlstm(config, 0, 1)
+        first_block = config.num_residual_blocks // config.num_hidden_layers * layer
+        self.slstm_mixer = make_slstm(config, first_block, 1)
+        self.mlstm_mixer = make_mlstm(config, 1)
         self.router = Router(
             hidden_size=config.hidden_size,
             num_experts=config.num_experts,
@@ -90,8 +89,8 @@ class MoxELayer(nn.Module):
             expert_kind=config.expert_kind,
             expert_memory=config.expert_memory,
             make_block={
-                "mlstm": partial(_make_mlstm, config, config.mlstm_ffn_size),
-                "slstm": partial(_make_slstm, config, first_block + 2),
+                "mlstm": partial(make_mlstm, config, ffn_size=config.mlstm_ffn_size),
+                "slstm": partial(make_slstm, config, first_block + 2),
                 "ffn": partial(_make_ffn, config),
             },
             backend=config.backend,
@@ -100,6 +99,7 @@ class MoxELayer(nn.Module):
         kinds = self.experts.ranges if self.experts.keeps_state else ()
         self.names_of_mixers = {name: f"layers.{layer}.{name}" for name in ("slstm_mixer", "mlstm_mixer")}
         self.names_of_experts = {kind: f"layers.{layer}.experts.{kind}" for kind in kinds}
+        self.names_in_cache = (*self.names_of_mixers.values(), *self.names_of_experts.values())
 
     def forward(
         self, x: Tensor, tokens: PackedTokens, cache: MoxECache | None, at: Continuation | None
@@ -109,19 +109,15 @@ class MoxELayer(nn.Module):
             assert cache is not None
             return self.step(x, tokens, cache)
         for name in self.names_of_mixers:
-            x = x + self._mix(name, x, tokens.sequences, cache, at)
+            x = x + mix(getattr(self, name), self.names_of_mixers[name], x, tokens.sequences, cache, at)
         routing = self.router(x)
         read, write = self._expert_state(cache, at)
         return self.experts(x, routing.expert_indices, routing.expert_weights, tokens.sequences, read, write), routing
 
     def step(self, x: Tensor, tokens: PackedTokens, cache: MoxECache) -> tuple[Tensor, RouterOutput]:
         """`forward` in C++ for one token of each row of a cache that `is_ready`; x is float32 or float64."""
-        only, weight = torch.zeros(len(x), 1, dtype=torch.int64), x.new_ones(len(x), 1)
         for name, block in self.names_of_mixers.items():
-            mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
-            y = x.clone()
-            mixer.step(x, only, weight, 0, cache.states[block], y)
-            x = y
+            x = step_mixer(getattr(self, name), block, x, cache)
         routing = self.router(x)
         chosen = routing.expert_indices, routing.expert_weights
         if self.experts.keeps_state:
@@ -129,16 +125,6 @@ class MoxELayer(nn.Module):
             return self.experts.step(x, *chosen, states), routing
         h = x.to(self.router.weight.dtype)
         return self.experts(h, *chosen, tokens.sequences, lambda kind, rows: None, None).to(x.dtype), routing
-
-    def _mix(self, name: str, x: Tensor, sequences: Segments, cache: MoxECache | None, at: Continuation) -> Tensor:
-        mixer: SLSTMBlocks | MLSTMBlocks = getattr(self, name)
-        if cache is None:
-            return mixer(x, sequences, None, False)[0]
-        block = self.names_of_mixers[name]
-        y, state = mixer(x, sequences, cache.read_mixer(block, at), True)
-        assert state is not None
-        cache.write_mixer(block, at, state)
-        return y
 
     def _expert_state(self, cache: MoxECache | None, at: Continuation) -> tuple[ReadState, WriteState | None]:
         if cache is None:
@@ -154,7 +140,33 @@ class MoxELayer(nn.Module):
         return read, write
 
 
-def _make_mlstm(config: MoxEConfig, ffn_size: int, num_blocks: int) -> MLSTMBlocks:
+def mix(
+    mixer: SLSTMBlocks | MLSTMBlocks,
+    name_in_cache: str,
+    x: Tensor,
+    sequences: Segments,
+    cache: MoxECache | None,
+    at: Continuation,
+) -> Tensor:
+    """What a block that every token meets adds to the residual stream [N, D]; its state is read and kept."""
+    if cache is None:
+        return mixer(x, sequences, None, False)[0]
+    y, state = mixer(x, sequences, cache.read_mixer(name_in_cache, at), True)
+    assert state is not None
+    cache.write_mixer(name_in_cache, at, state)
+    return y
+
+
+def step_mixer(mixer: SLSTMBlocks | MLSTMBlocks, name_in_cache: str, x: Tensor, cache: MoxECache) -> Tensor:
+    """The residual stream behind the block, in C++, for one token of each row of a cache that `is_ready`."""
+    only, weight = torch.zeros(len(x), 1, dtype=torch.int64), x.new_ones(len(x), 1)
+    y = x.clone()
+    mixer.step(x, only, weight, 0, cache.states[name_in_cache], y)
+    return y
+
+
+def make_mlstm(config: Any, num_blocks: int, *, ffn_size: int = 0) -> MLSTMBlocks:
+    """mLSTM blocks as a configuration of a model of xLSTM blocks describes them."""
     return MLSTMBlocks(
         num_blocks,
         hidden_size=config.hidden_size,
@@ -164,12 +176,13 @@ def _make_mlstm(config: MoxEConfig, ffn_size: int, num_blocks: int) -> MLSTMBloc
         qkv_block_size=config.qkv_block_size,
         ffn_size=ffn_size,
         norm_eps=config.norm_eps,
-        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        num_residual_blocks=config.num_residual_blocks,
         backend=config.backend,
     )
 
 
-def _make_slstm(config: MoxEConfig, residual_block: int, num_blocks: int) -> SLSTMBlocks:
+def make_slstm(config: Any, residual_block: int, num_blocks: int) -> SLSTMBlocks:
+    """sLSTM blocks as a configuration of a model of xLSTM blocks describes them, in their place among its blocks."""
     return SLSTMBlocks(
         num_blocks,
         hidden_size=config.hidden_size,
@@ -178,7 +191,7 @@ def _make_slstm(config: MoxEConfig, residual_block: int, num_blocks: int) -> SLS
         ffn_size=config.slstm_ffn_size,
         norm_eps=config.norm_eps,
         residual_block=residual_block,
-        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        num_residual_blocks=config.num_residual_blocks,
         backend=config.backend,
     )
 
@@ -189,7 +202,7 @@ def _make_ffn(config: MoxEConfig, num_blocks: int) -> FeedForwardBlocks:
         hidden_size=config.hidden_size,
         ffn_size=config.ffn_size,
         norm_eps=config.norm_eps if config.ffn_residual else None,
-        num_residual_blocks=RESIDUAL_BLOCKS_A_LAYER * config.num_hidden_layers,
+        num_residual_blocks=config.num_residual_blocks,
         backend=config.backend,
     )
 
@@ -220,16 +233,17 @@ class MoxEPreTrainedModel(PreTrainedModel):
 class MoxEModel(MoxEPreTrainedModel):
     """The layers without a language-model head."""
 
-    def __init__(self, config: MoxEConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [MoxELayer(config, layer) for layer in range(config.num_hidden_layers)]
+        layers = [self._make_layer(config, layer) for layer in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
-        self._blocks_with_state = [
-            name for layer in layers for name in (*layer.names_of_mixers.values(), *layer.names_of_experts.values())
-        ]
+        self._blocks_with_state = [name for layer in layers for name in layer.names_in_cache]
         self.post_init()
+
+    def _make_layer(self, config: Any, layer: int) -> Any:
+        return MoxELayer(config, layer)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -304,7 +318,8 @@ class MoxEModel(MoxEPreTrainedModel):
         routing = []
         for layer in self.layers:
             x, decided = layer(x, tokens, cache, at)
-            routing.append(decided)
+            if decided is not None:  # a layer without a router
+                routing.append(decided)
         return x, tuple(routing)
 
     def _takes_a_step(
@@ -385,9 +400,11 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     # The loss (equation 21) and its terms, by their names in the output.
     loss_terms = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
 
-    def __init__(self, config: MoxEConfig) -> None:
+    model_class: type[MoxEModel] = MoxEModel
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model = MoxEModel(config)
+        self.model = self.model_class(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, backend=config.backend)
         self.post_init()
 
@@ -466,10 +483,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
     ) -> dict[str, Tensor]:
         """Equation 21 and its terms, by their names in the output. Without any target the language-model loss is 0."""
         config = self.config
-        num_targets = int((targets != IGNORED).sum())
-        total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
-        cross_entropy, of_tokens = linear_cross_entropies(hidden, self.lm_head.weight, targets, backend=config.backend)
-        lm_loss = cross_entropy / max(total, 1)
+        lm_loss, share, of_tokens = self._lm_loss(hidden, targets, num_items_in_batch)
         hardness = None
         if config.difficulty_target == "token_loss":
             hardness = hardness_of(of_tokens, targets, config.vocab_size)
@@ -492,7 +506,6 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         )
         if config.load_balancing == "loss":
             router_loss = router_loss + config.load_balancing_loss_coef * means.load_balancing
-        share = 1.0 if num_items_in_batch is None else num_targets / max(total, 1)
         return {
             "loss": lm_loss + share * router_loss,
             "lm_loss": lm_loss,
@@ -528,6 +541,18 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         for layer, counts in zip(self.model.layers, assignments, strict=True):
             assert isinstance(layer, MoxELayer)
             layer.router.move_balancing_bias(counts, config.balancing_bias_rate)
+
+    def _lm_loss(
+        self, hidden: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, float, Tensor]:
+        """The cross-entropy over the number of targets, which share of the whole batch's targets these are, and each
+        token's own [N], detached."""
+        num_targets = int((targets != IGNORED).sum())
+        total = num_targets if num_items_in_batch is None else float(num_items_in_batch)
+        weight, backend = self.lm_head.weight, self.config.backend
+        cross_entropy, of_tokens = linear_cross_entropies(hidden, weight, targets, backend=backend)
+        share = 1.0 if num_items_in_batch is None else num_targets / max(total, 1)
+        return cross_entropy / max(total, 1), share, of_tokens
 
     def prepare_inputs_for_generation(
         self,

@@ -208,7 +208,8 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    from moxe.models.accounting import count_parameters, flops_per_token, state_bytes
+    from moxe.models.accounting import CONTEXT, count_parameters, flops_per_token, state_bytes
+    from moxe.models.architectures import architecture_of
     from moxe.models.checkpoint import load_config
     from moxe.recipe import load_recipe
 
@@ -234,7 +235,10 @@ def info(args: argparse.Namespace) -> None:
     ]
     rows.append(("total", parameters.total_parameters, parameters.active_parameters, flops.flops_per_token))
     print_table(args.model, ("", "parameters", "active a token", "FLOPs a token"), rows)
-    print(f"A sequence of any length holds {state:,} bytes of state.")
+    if architecture_of(config).is_ours:
+        print(f"A sequence of any length holds {state:,} bytes of state.")
+    else:
+        print(f"A sequence of {CONTEXT} tokens holds {state:,} bytes of keys and values; attention is that at its end.")
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -516,7 +520,10 @@ save, and started again by the same command each time. Compares what both leave 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="default, fineweb-edu, local-text, moxe-340m, or the path of a YAML file"
+        "recipe",
+        metavar="RECIPE",
+        help="default, fineweb-edu, gemma2-356m, llama-340m, local-text, moxe-340m, qwen2-moe-350m, xlstm-338m, or the "
+        "path of a YAML file",
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from moxe.errors import UserError
+from moxe.models.accounting import count_parameters
 from moxe.recipe import load_recipe, recipe_names, setting_types
 
 
@@ -19,7 +20,16 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 
 def test_the_promised_recipes_are_packaged():
-    assert {"default", "moxe-340m", "fineweb-edu", "local-text"} <= set(recipe_names())
+    assert {
+        "default",
+        "moxe-340m",
+        "fineweb-edu",
+        "local-text",
+        "xlstm-338m",
+        "gemma2-356m",
+        "qwen2-moe-350m",
+        "llama-340m",
+    } <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -44,6 +54,34 @@ def test_the_paper_recipe_has_the_sizes_and_schedule_of_table_1():
     assert (config.num_experts, config.num_experts_per_tok, config.vocab_size) == (8, 2, 49152)
     assert (recipe.data.sequence_length, training.learning_rate) == (256, 2e-4)
     assert (training.schedule, training.warmup_ratio) == ("cosine", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_the_paper", "architecture"),
+    [
+        ("moxe-340m", 340e6, "moxe"),
+        ("xlstm-338m", 338e6, "xlstm"),
+        ("gemma2-356m", 356e6, "gemma2"),
+        ("qwen2-moe-350m", 350e6, "qwen2_moe"),
+        ("llama-340m", 340e6, "llama"),
+    ],
+)
+def test_the_models_that_are_compared_have_the_parameters_of_table_1(name: str, of_the_paper: float, architecture: str):
+    """Llama is not in the table; it is as large as MoxE."""
+    recipe, moxe = load_recipe(name), load_recipe("moxe-340m")
+    assert recipe.architecture.name == architecture
+    assert count_parameters(recipe.model_config()).total_parameters == pytest.approx(of_the_paper, rel=0.03)
+    assert recipe.data == moxe.data
+    assert recipe.training == dataclasses.replace(moxe.training, name=name)
+
+
+def test_the_compared_models_have_the_sizes_of_table_1():
+    xlstm, gemma2, qwen = (load_recipe(name).model for name in ("xlstm-338m", "gemma2-356m", "qwen2-moe-350m"))
+    assert (xlstm["hidden_size"], xlstm["num_hidden_layers"], xlstm["num_heads"]) == (1024, 36, 8)
+    assert xlstm["mlstm_per_slstm"] == 5
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    assert [gemma2[size] for size in sizes] == [640, 15, 8]
+    assert [qwen[size] for size in (*sizes, "num_experts", "num_experts_per_tok")] == [640, 10, 16, 6, 2]
 
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path):

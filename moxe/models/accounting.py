@@ -46,7 +46,7 @@ _MODULES = {
     "mlstm_experts": ("experts.mlstm",),
     "slstm_experts": ("experts.slstm",),
     "ffn_experts": ("experts.ffn", "mlp.experts"),
-    "shared_experts": ("mlp.shared_expert", "mlp.shared_expert_gate"),
+    "shared_experts": ("shared_expert", "mlp.shared_expert", "mlp.shared_expert_gate"),
     "final_norm": ("model.norm",),
     "head": ("lm_head",),
 }
@@ -55,13 +55,14 @@ _MOXE_PARTS = (
     "slstm_mixers",
     "mlstm_mixers",
     "routers",
+    "shared_experts",
     "mlstm_experts",
     "slstm_experts",
     "ffn_experts",
     "final_norm",
     "head",
 )
-# The parts that are made of blocks, and the blocks' kind.
+# The parts that are made of blocks, and the blocks' kind; that of a shared expert stands in the configuration.
 _BLOCK_KIND = {
     "slstm_mixers": "slstm",
     "mlstm_mixers": "mlstm",
@@ -97,9 +98,9 @@ class ParameterCount:
             expert gets its share, rounded for each kind. The embedding counts whole.
         min_active_parameters, max_active_parameters: for a token whose K experts are the smallest or largest ones.
         total_by_part, active_by_part: the first two, by part (all layers together). Of a MoxE: embedding, slstm_mixers,
-            mlstm_mixers, routers, mlstm_experts, slstm_experts, ffn_experts, final_norm, head. In place of those
-            between have an xLSTM slstm_blocks and mlstm_blocks; a model of transformers attention, layer_norms, and
-            feed_forward or routers, ffn_experts and shared_experts.
+            mlstm_mixers, routers, shared_experts, mlstm_experts, slstm_experts, ffn_experts, final_norm, head. In place
+            of those between have an xLSTM slstm_blocks and mlstm_blocks; a model of transformers attention,
+            layer_norms, and feed_forward or routers, ffn_experts and shared_experts.
     """
 
     total_parameters: int
@@ -168,8 +169,9 @@ def state_bytes(config: Any, context: int = CONTEXT) -> int:
     """Bytes of float32 state that one sequence holds behind its last token.
 
     An mLSTM block holds its window, C, n and m: (T - 1) I + I^2 / H + I + H numbers; an sLSTM block its window, c, n,
-    m and h: (T - 1) D + 4 D. A MoxE layer has one mixer of each kind, and with `expert_memory="sequence"` all E experts
-    hold a state; feed-forward experts hold none. Of these nothing grows with the sequence.
+    m and h: (T - 1) D + 4 D. A MoxE layer has one mixer of each kind and perhaps a shared expert, and with
+    `expert_memory="sequence"` all E experts hold a state; feed-forward experts hold none. Of these nothing grows with
+    the sequence.
 
     An attention layer keeps keys and values, 2 G Ah numbers, of `context` tokens, or of its window if that is shorter.
     """
@@ -183,7 +185,7 @@ def state_bytes(config: Any, context: int = CONTEXT) -> int:
         "ffn": 0,
     }
     return FLOAT32_BYTES * sum(
-        number * numbers[_BLOCK_KIND[part]]
+        number * numbers[_kind_of(part, config)]
         for part, number in _blocks(config).items()
         if part not in _EXPERT_PARTS or config.expert_memory == "sequence"
     )
@@ -212,7 +214,7 @@ def flops_per_token(config: PreTrainedConfig, context: int = CONTEXT) -> FlopCou
     Attention, a layer: 4 A Ah C, queries with keys and weights with values, for a token that attends to C = `context`
     tokens, itself included, or to the layer's window if that is shorter. The mean over a row of S tokens is that of
     C = (S + 1) / 2; an implementation that computes what the causal mask then hides spends that of C = S.
-    Experts count with K / E of all of them, as in `ParameterCount.active_parameters`. Norms, activations, gate
+    Experts count with K / E of all of them, as in `ParameterCount.active_parameters`, a shared one whole. Norms, activations, gate
     exponentials, softmax, rotary positions, the embedding's look-up and the weighted sum of the experts (2 K D) are
     left out.
     """
@@ -243,7 +245,7 @@ def _cell_flops(config: Any) -> Counter[str]:
         "slstm": 8 * hidden**2 // heads + 11 * hidden,
         "ffn": 0,
     }
-    return Counter({part: number * cell[_BLOCK_KIND[part]] for part, number in _blocks(config).items()})
+    return Counter({part: number * cell[_kind_of(part, config)] for part, number in _blocks(config).items()})
 
 
 def _attention_flops(config: Any, context: int) -> Counter[str]:
@@ -288,12 +290,17 @@ def _experts_a_layer(config: PreTrainedConfig) -> dict[str, int]:
     return {f"{config.expert_kind}_experts": config.num_experts}
 
 
+def _kind_of(part: str, config: Any) -> str:
+    return config.shared_expert if part == "shared_experts" else _BLOCK_KIND[part]
+
+
 def _blocks(config: Any) -> dict[str, int]:
     """How many blocks of each part a model of xLSTM blocks has, all layers together."""
     layers = range(config.num_hidden_layers)
     if isinstance(config, XLSTMConfig):
         return dict(Counter(f"{config.block_kind(block)}_blocks" for block in layers))
-    a_layer = {"slstm_mixers": 1, "mlstm_mixers": 1, **_experts_a_layer(config)}
+    shared = {} if config.shared_expert == "none" else {"shared_experts": 1}
+    a_layer = {"slstm_mixers": 1, "mlstm_mixers": 1, **shared, **_experts_a_layer(config)}
     return {part: len(layers) * number for part, number in a_layer.items()}
 
 

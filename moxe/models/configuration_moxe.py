@@ -16,6 +16,7 @@ from moxe.errors import shown
 
 ExpertKind = Literal["xlstm", "mlstm", "slstm", "ffn"]
 ExpertMemory = Literal["sequence", "token"]
+SharedExpert = Literal["none", "ffn", "mlstm", "slstm"]
 RouterKind = Literal["entropy", "standard"]
 BiasKind = Literal["standard", "proportional", "masked"]
 GroupLossKind = Literal["kl", "squared_difference", "squared_distance", "jensen_shannon"]
@@ -26,6 +27,7 @@ BackendName = Literal["auto", "reference", "torch", "cpu"]
 _CHOICES = {
     "expert_kind": get_args(ExpertKind),
     "expert_memory": get_args(ExpertMemory),
+    "shared_expert": get_args(SharedExpert),
     "router_kind": get_args(RouterKind),
     "bias_kind": get_args(BiasKind),
     "group_loss_kind": get_args(GroupLossKind),
@@ -153,6 +155,9 @@ class MoxEConfig(RecurrentConfig):
         expert_kind: `xlstm` (group M mLSTM, group S sLSTM), or one kind for all experts: `mlstm`, `slstm`, `ffn`.
         expert_memory: `sequence`: an expert carries its state along the tokens routed to it; `token`: every token
             meets an empty memory (the behaviour of the released code).
+        shared_expert: kind of an expert beside the chosen k that sees every token, y = h + sum_k w_k f_k(h) +
+            f_shared(h): `ffn`, `mlstm` or `slstm`, of the size of a routed one; or `none`. It carries its state along
+            the whole sequence, whatever `expert_memory` is.
         router_kind: `entropy` (difficulty and modulation bias, equations 5 to 8) or `standard` (neither).
         bias_kind: shape of the modulation bias: `standard` gamma*d (6), `proportional` gamma*relu(d - threshold),
             `masked` gamma*d*[d > threshold].
@@ -210,6 +215,7 @@ class MoxEConfig(RecurrentConfig):
     num_experts_per_tok: int = 2
     expert_kind: str = "xlstm"
     expert_memory: str = "sequence"
+    shared_expert: str = "none"
     router_kind: str = "entropy"
     bias_kind: str = "standard"
     gamma: float = 0.7

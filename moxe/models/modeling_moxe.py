@@ -33,6 +33,8 @@ from moxe.ops.grouped_linear import FEW_ROWS, grouped_linear
 from moxe.ops.routing import ExpertRows
 from moxe.ops.segments import Segments
 
+_MIXERS = ("slstm_mixer", "mlstm_mixer")
+
 
 @dataclass
 class MoxEModelOutput(ModelOutput):
@@ -65,7 +67,7 @@ class MoxECausalLMOutput(ModelOutput):
 
 
 class MoxELayer(nn.Module):
-    """Sequence mixer (an sLSTM block, then an mLSTM block), router, experts."""
+    """Sequence mixer (an sLSTM block, then an mLSTM block), router, experts, and the shared expert if there is one."""
 
     def __init__(self, config: MoxEConfig, layer: int) -> None:
         super().__init__()
@@ -84,22 +86,29 @@ class MoxELayer(nn.Module):
             router_bias=config.router_bias,
             load_balancing=config.load_balancing,
         )
+        make_block = {
+            "mlstm": partial(make_mlstm, config, ffn_size=config.mlstm_ffn_size),
+            "slstm": partial(make_slstm, config, first_block + 2),
+            "ffn": partial(_make_ffn, config, config.ffn_residual),
+        }
         self.experts = Experts(
             num_experts=config.num_experts,
             expert_kind=config.expert_kind,
             expert_memory=config.expert_memory,
-            make_block={
-                "mlstm": partial(make_mlstm, config, ffn_size=config.mlstm_ffn_size),
-                "slstm": partial(make_slstm, config, first_block + 2),
-                "ffn": partial(_make_ffn, config),
-            },
+            make_block=make_block,
             backend=config.backend,
             residual=config.ffn_residual,
         )
         kinds = self.experts.ranges if self.experts.keeps_state else ()
-        self.names_of_mixers = {name: f"layers.{layer}.{name}" for name in ("slstm_mixer", "mlstm_mixer")}
+        self.shared_expert = None
+        if config.shared_expert != "none":
+            # A whole block, with its norm also where the routed feed-forward experts have none.
+            make_shared = {**make_block, "ffn": partial(_make_ffn, config, True)}[config.shared_expert]
+            self.shared_expert = make_shared(1)
+        whole = (*_MIXERS, *(("shared_expert",) if config.shared_expert in ("mlstm", "slstm") else ()))
+        self.names_of_whole_blocks = {name: f"layers.{layer}.{name}" for name in whole}
         self.names_of_experts = {kind: f"layers.{layer}.experts.{kind}" for kind in kinds}
-        self.names_in_cache = (*self.names_of_mixers.values(), *self.names_of_experts.values())
+        self.names_in_cache = (*self.names_of_whole_blocks.values(), *self.names_of_experts.values())
 
     def forward(
         self, x: Tensor, tokens: PackedTokens, cache: MoxECache | None, at: Continuation | None
@@ -108,23 +117,34 @@ class MoxELayer(nn.Module):
         if at is None:
             assert cache is not None
             return self.step(x, tokens, cache)
-        for name in self.names_of_mixers:
-            x = x + mix(getattr(self, name), self.names_of_mixers[name], x, tokens.sequences, cache, at)
+        for name in _MIXERS:
+            x = x + mix(getattr(self, name), self.names_of_whole_blocks[name], x, tokens.sequences, cache, at)
         routing = self.router(x)
         read, write = self._expert_state(cache, at)
-        return self.experts(x, routing.expert_indices, routing.expert_weights, tokens.sequences, read, write), routing
+        y = self.experts(x, routing.expert_indices, routing.expert_weights, tokens.sequences, read, write)
+        if isinstance(self.shared_expert, FeedForwardBlocks):
+            y = y + self.shared_expert(x, tokens.sequences, None, False)[0]
+        elif self.shared_expert is not None:
+            y = y + mix(self.shared_expert, self.names_of_whole_blocks["shared_expert"], x, tokens.sequences, cache, at)
+        return y, routing
 
     def step(self, x: Tensor, tokens: PackedTokens, cache: MoxECache) -> tuple[Tensor, RouterOutput]:
         """`forward` in C++ for one token of each row of a cache that `is_ready`; x is float32 or float64."""
-        for name, block in self.names_of_mixers.items():
-            x = step_mixer(getattr(self, name), block, x, cache)
+        for name in _MIXERS:
+            x = step_mixer(getattr(self, name), self.names_of_whole_blocks[name], x, x, cache)
         routing = self.router(x)
         chosen = routing.expert_indices, routing.expert_weights
+        h = x.to(self.router.weight.dtype)
         if self.experts.keeps_state:
             states = {kind: cache.states[block] for kind, block in self.names_of_experts.items()}
-            return self.experts.step(x, *chosen, states), routing
-        h = x.to(self.router.weight.dtype)
-        return self.experts(h, *chosen, tokens.sequences, lambda kind, rows: None, None).to(x.dtype), routing
+            y = self.experts.step(x, *chosen, states)
+        else:
+            y = self.experts(h, *chosen, tokens.sequences, lambda kind, rows: None, None).to(x.dtype)
+        if isinstance(self.shared_expert, FeedForwardBlocks):
+            y += self.shared_expert(h, tokens.sequences, None, False)[0]
+        elif self.shared_expert is not None:
+            y = step_mixer(self.shared_expert, self.names_of_whole_blocks["shared_expert"], x, y, cache)
+        return y, routing
 
     def _expert_state(self, cache: MoxECache | None, at: Continuation) -> tuple[ReadState, WriteState | None]:
         if cache is None:
@@ -157,10 +177,12 @@ def mix(
     return y
 
 
-def step_mixer(mixer: SLSTMBlocks | MLSTMBlocks, name_in_cache: str, x: Tensor, cache: MoxECache) -> Tensor:
-    """The residual stream behind the block, in C++, for one token of each row of a cache that `is_ready`."""
+def step_mixer(
+    mixer: SLSTMBlocks | MLSTMBlocks, name_in_cache: str, x: Tensor, residual: Tensor, cache: MoxECache
+) -> Tensor:
+    """residual + f(x) [N, D], in C++, for one token of each row of a cache that `is_ready`."""
     only, weight = torch.zeros(len(x), 1, dtype=torch.int64), x.new_ones(len(x), 1)
-    y = x.clone()
+    y = residual.clone()
     mixer.step(x, only, weight, 0, cache.states[name_in_cache], y)
     return y
 
@@ -196,12 +218,12 @@ def make_slstm(config: Any, residual_block: int, num_blocks: int) -> SLSTMBlocks
     )
 
 
-def _make_ffn(config: MoxEConfig, num_blocks: int) -> FeedForwardBlocks:
+def _make_ffn(config: MoxEConfig, has_norm: bool, num_blocks: int) -> FeedForwardBlocks:
     return FeedForwardBlocks(
         num_blocks,
         hidden_size=config.hidden_size,
         ffn_size=config.ffn_size,
-        norm_eps=config.norm_eps if config.ffn_residual else None,
+        norm_eps=config.norm_eps if has_norm else None,
         num_residual_blocks=config.num_residual_blocks,
         backend=config.backend,
     )

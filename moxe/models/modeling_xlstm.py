@@ -33,7 +33,7 @@ class XLSTMBlock(nn.Module):
         mixer, (name,) = getattr(self, self.kind), self.names_in_cache
         if at is None:
             assert cache is not None
-            return step_mixer(mixer, name, x, cache), None
+            return step_mixer(mixer, name, x, x, cache), None
         return x + mix(mixer, name, x, tokens.sequences, cache, at), None
 
 

@@ -61,12 +61,28 @@ def test_each_part_holds_the_parameters_of_its_modules():
         "slstm_mixers": in_layers("slstm_mixer"),
         "mlstm_mixers": in_layers("mlstm_mixer"),
         "routers": in_layers("router"),
+        "shared_experts": 0,
         "mlstm_experts": in_layers("experts.mlstm"),
         "slstm_experts": in_layers("experts.slstm"),
         "ffn_experts": 0,
         "final_norm": number(model.model.norm),
         "head": number(model.lm_head),
     }
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_shared_expert_is_a_part_of_its_own_that_every_token_meets(kind):
+    without, config = count_parameters(tiny_config()), tiny_config(shared_expert=kind)
+    count, flops = count_parameters(config), flops_per_token(config).by_part
+    layers = MoxEForCausalLM(config).model.layers
+    size = sum(p.numel() for layer in layers for p in layer.get_submodule("shared_expert").parameters())
+    assert count.total_by_part == {**without.total_by_part, "shared_experts": size}
+    for name in ("total_parameters", "active_parameters", "min_active_parameters", "max_active_parameters"):
+        assert getattr(count, name) == getattr(without, name) + size
+    all_of_kind = flops_per_token(tiny_config(expert_kind=kind)).by_part[f"{kind}_experts"]
+    assert 2 * flops["shared_experts"].total == all_of_kind.total  # K = 2 routed ones of that kind
+    others = {part: cost for part, cost in flops.items() if part != "shared_experts"}
+    assert others == flops_per_token(tiny_config()).by_part
 
 
 def test_a_tied_head_counts_once():
@@ -129,6 +145,7 @@ def counted_flops(config: MoxEConfig, num_tokens: int) -> dict[str, int]:
         "slstm_mixers": "slstm_mixer",
         "mlstm_mixers": "mlstm_mixer",
         "routers": "router",
+        "shared_experts": "shared_expert",
         "mlstm_experts": "experts.mlstm",
         "slstm_experts": "experts.slstm",
         "ffn_experts": "experts.ffn",
@@ -150,6 +167,7 @@ def counted_flops(config: MoxEConfig, num_tokens: int) -> dict[str, int]:
         {"expert_kind": "slstm"},
         {"expert_kind": "ffn"},
         {"expert_kind": "mlstm", "mlstm_ffn_expansion": 1.3},
+        *({"expert_kind": "mlstm", "shared_expert": kind, "mlstm_ffn_expansion": 1.3} for kind in KINDS[1:]),
     ],
 )
 def test_projections_are_what_torch_counts_in_a_real_forward(changes):

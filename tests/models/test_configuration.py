@@ -51,6 +51,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"detach_difficulty_target": None}, "detach_difficulty_target=None must be true or false"),
     ({"load_balancing": "none"}, "load_balancing='none' is not one of: loss, bias"),
     ({"balancing_bias_rate": -0.1}, "balancing_bias_rate=-0.1 must be a finite number at least 0"),
+    ({"shared_expert": "xlstm"}, "shared_expert='xlstm' is not one of: none, ffn, mlstm, slstm"),
     ({"ffn_residual": 0}, "ffn_residual=0 must be true or false"),
 ]
 

@@ -54,7 +54,7 @@ def without_input_bias(name: str, gradient: Tensor) -> Tensor:
     It multiplies every i_t by the same factor, hence c and n alike, and h = sigmoid(o) c / n does not change.
     """
     learns = torch.ones_like(gradient, dtype=torch.bool)
-    if "slstm" in name and name.endswith("gate_bias"):
+    if name.endswith("gate_bias") and gradient.ndim == 4:  # [E, H, 4, Dh]; that of an mLSTM is [E, 2 H]
         learns[:, :, IGATE] = False
     return learns
 

@@ -26,6 +26,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"expert_kind": "ffn", "ffn_residual": False},
     {"mlstm_ffn_expansion": 1.3},
     {"load_balancing": "bias"},
+    {"shared_expert": "ffn", "expert_memory": "token"},
+    {"shared_expert": "mlstm", "mlstm_ffn_expansion": 1.3, "expert_memory": "token"},
+    {"shared_expert": "slstm"},
+    {"shared_expert": "slstm", "expert_kind": "ffn", "ffn_residual": False, "load_balancing": "bias"},
+    {"shared_expert": "ffn", "expert_kind": "ffn", "ffn_residual": False},
 )
 # Those that change nothing but the losses.
 LOSS_OPTIONS: tuple[dict[str, Any], ...] = (

@@ -205,7 +205,16 @@ def kinds_of(expert_kind: str, num_experts: int) -> list[tuple[str, int]]:
 
 
 def layer_forward(
-    x: Tensor, layer: nn.Module, expert_kind: str, *, heads: int, k: int, gamma: float, residual: bool = True
+    x: Tensor,
+    layer: nn.Module,
+    expert_kind: str,
+    *,
+    heads: int,
+    k: int,
+    gamma: float,
+    memory: str = "sequence",
+    residual: bool = True,
+    shared: str = "none",
 ) -> tuple[Tensor, Routed]:
     """One MoxE layer over one row [S, D]: equation 4, then 5 to 9."""
     x = x + slstm_block(x, weights_of(layer.get_submodule("slstm_mixer")), heads)
@@ -213,7 +222,13 @@ def layer_forward(
     router = layer.get_submodule("router")
     routed = route(h, {**dict(router.named_parameters()), **dict(router.named_buffers())}, k=k, gamma=gamma)
     kinds = kinds_of(expert_kind, routed.logits.shape[1])
-    y = mix_experts(h, layer.get_submodule("experts"), kinds, routed.experts, routed.weights, heads, residual)
+    parts = [slice(0, len(h))] if memory == "sequence" else [slice(t, t + 1) for t in range(len(h))]
+    experts = layer.get_submodule("experts")
+    y = torch.cat(
+        [mix_experts(h[p], experts, kinds, routed.experts[p], routed.weights[p], heads, residual) for p in parts]
+    )
+    if shared != "none":
+        y = y + block(shared, h, weights_of(layer.get_submodule("shared_expert")), heads)
     return y, routed
 
 
@@ -230,7 +245,9 @@ def model_forward(model: PreTrainedModel, row: Tensor) -> tuple[Tensor, list[Rou
             heads=config.num_heads,
             k=config.num_experts_per_tok,
             gamma=config.gamma,
+            memory=config.expert_memory,
             residual=config.ffn_residual,
+            shared=config.shared_expert,
         )
         routed.append(decided)
     return normalise(x, model.get_parameter("model.norm.weight")) @ model.get_parameter("lm_head.weight").T, routed

@@ -64,6 +64,16 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(name: str, index: o
     assert "more parameter" not in message
 
 
+def test_a_weight_of_a_shared_expert_and_of_a_feed_forward_part_is_named_with_its_place():
+    for name, place in (
+        ("model.layers.1.shared_expert.gate_weight", "(layer 1, shared_experts, input gate)"),
+        ("model.layers.0.experts.mlstm.ffn.up_proj.weight", "(layer 0, mlstm_experts, expert 0)"),
+    ):
+        model = tiny_model(shared_expert="mlstm", mlstm_ffn_expansion=1.3)
+        set_weight(model, name, (0, 0, 3), math.nan)
+        assert place in finding(model)
+
+
 def test_more_weights_that_are_not_finite_are_counted():
     model = tiny_model()
     for name in ("model.norm.weight", "lm_head.weight", "model.layers.0.router.weight"):

@@ -8,6 +8,7 @@ from torch.nn.utils import get_total_norm
 
 from moxe.models.accounting import count_parameters
 from moxe.training.gradients import gradient_norms, part_norms, total_norm
+from tests.models.tiny import OPTIONS
 from tests.training.tiny import tiny_model
 
 
@@ -20,7 +21,13 @@ def model_with_gradients(**settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tie_word_embeddings": True}, {"expert_kind": "ffn"}, {"expert_kind": "mlstm", "router_kind": "standard"}],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"expert_kind": "ffn"},
+        {"expert_kind": "mlstm", "router_kind": "standard"},
+        *OPTIONS,
+    ],
 )
 def test_the_squares_of_the_parts_add_up_and_each_part_with_parameters_has_one(settings: dict[str, str]):
     model = model_with_gradients(**settings)

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ import moxe
 from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
 from moxe.errors import Stopped, UserError, shown
+from moxe.experiments import SCALES, TABLES
 
 if TYPE_CHECKING:
     from moxe.doctor import Diagnosis
@@ -241,6 +243,19 @@ def info(args: argparse.Namespace) -> None:
         print(f"A sequence of {CONTEXT} tokens holds {state:,} bytes of keys and values; attention is that at its end.")
 
 
+def reproduce(args: argparse.Namespace) -> int:
+    from moxe.experiments.reproduce import reproduce as run_grid
+
+    finished = run_grid(
+        args.table,
+        args.scale,
+        overrides=args.overrides,
+        command=shlex.join(["moxe", *args.argv]),
+        **_given(args, "out", "seeds", "jobs", "lambada"),
+    )
+    return EXIT_FAILED if finished.failed else 0
+
+
 def bench(args: argparse.Namespace) -> int:
     from moxe.benchmarks.run import run_benchmarks
 
@@ -333,7 +348,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         unknown += [f"--{dotted}" for dotted, _ in overrides]
     if unknown:
         raise UserError(f"moxe {args.command} does not take {unknown[0]!r} (see moxe {args.command} --help)")
-    args.overrides = overrides
+    args.overrides, args.argv = overrides, list(argv)
     return args
 
 
@@ -375,6 +390,7 @@ examples:
   moxe analyse runs/default --data corpus.txt           whether the routing does what the theory says
   moxe doctor                                           which backends are here, and whether they are right
   moxe verify-resume default                            kill a training, go on, compare the weights
+  moxe reproduce table1                                 the paper's Table 1 at a scale that a laptop can train
   moxe bench training decoding                          speed and memory on this machine, beside other models
 
 `moxe COMMAND --help` says more about a command.""",
@@ -499,6 +515,34 @@ save, and started again by the same command each time. Compares what both leave 
     sub.add_argument("--kills", type=_whole_number(1), default=3, metavar="N", help="kills (default: %(default)s)")
     sub.add_argument("--seed", type=_whole_number(0), metavar="N", help="of the random points (default: 0)")
     sub.add_argument("--out", type=Path, metavar="DIR", help="keep both runs in this folder (default: remove them)")
+    _add_overrides(sub)
+
+    sub = command(
+        "reproduce",
+        reproduce,
+        "train every model of a table of the paper, with several seeds, and report",
+        """\
+tables:
+"""
+        + "\n".join(f"  {name:<8}{content}" for name, content in TABLES.items())
+        + """
+
+Writes results.json, Markdown tables and report.html. Runs that are done are not repeated, and the same command goes on
+with a grid that was stopped. Settings of data and training hold for every run:
+  moxe reproduce table1 --scale small --jobs 2 --data.source train.txt --data.validation_source val.txt""",
+    )
+    sub.add_argument("table", metavar="TABLE", help=", ".join(TABLES))
+    sub.add_argument(
+        "--scale", default="tiny", metavar="SCALE", help=f"{', '.join(SCALES)} (default: %(default)s, a smoke run)"
+    )
+    sub.add_argument("--seeds", type=_whole_number(1), metavar="N", help="runs of each row (default: the scale's)")
+    sub.add_argument("--jobs", type=_whole_number(1), metavar="N", help="runs at a time (default: one a core)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: results/SCALE)")
+    sub.add_argument(
+        "--lambada",
+        metavar="FILE",
+        help='.jsonl of {"text": ...} rows whose last words are scored, or none (default: LAMBADA from the hub)',
+    )
     _add_overrides(sub)
 
     sub = command(

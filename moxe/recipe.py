@@ -121,7 +121,12 @@ def load_recipe(name_or_path: str | Path = "default", overrides: Overrides = ())
             type or out of range.
     """
     path = _find(str(name_or_path))
-    sections = _read(path)
+    return make_recipe(_read(path), overrides, name=path.stem)
+
+
+def make_recipe(sections: Mapping[str, Mapping[str, Any]], overrides: Overrides = (), *, name: str) -> Recipe:
+    """As `load_recipe`, of settings by section that are at hand; `name` is that of the run unless they name it."""
+    sections = {section: dict(values) for section, values in _checked_sections(sections, "the recipe").items()}
     architecture = architecture_named(_architecture_name(sections, overrides))
     for section, values in _nested(overrides, architecture).items():
         sections.setdefault(section, {}).update(values)
@@ -129,7 +134,7 @@ def load_recipe(name_or_path: str | Path = "default", overrides: Overrides = ())
     typed = {name: _typed_section(name, values, architecture) for name, values in sections.items()}
     settings = typed.get("training", {})
     if settings.get("name") is None:
-        settings["name"] = path.stem
+        settings["name"] = name
     training = TrainingConfig(**settings)
     defaults = architecture.setting_defaults()
     model = {"architecture": architecture.name}

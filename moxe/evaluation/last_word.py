@@ -57,7 +57,15 @@ def evaluate_last_word(
     Raises:
         UserError: no example, and what `score_last_words` refuses.
     """
-    scores = score_last_words(model, examples, tokenizer, batch_size=batch_size, progress=progress)
+    return summarise_last_words(score_last_words(model, examples, tokenizer, batch_size=batch_size, progress=progress))
+
+
+def summarise_last_words(scores: Sequence[Score]) -> LastWordResult:
+    """Perplexity and accuracy of what `score_last_words` gave.
+
+    Raises:
+        UserError: for no score.
+    """
     if not scores:
         raise UserError("there is no example to evaluate")
     total = math.fsum(score.log_likelihood for score in scores)

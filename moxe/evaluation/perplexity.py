@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,18 +90,25 @@ def evaluate_perplexity(
             its positions; a token outside the model's vocabulary; a batch size or context length below 1.
     """
     _check_options(model, context_length, batch_size)
-    sequences, num_bytes = _sequences(documents, tokenizer)
-    scores = _score(model, sequences, context_length, batch_size, progress)
-    num_tokens = sum(len(sequence) - 1 for sequence in sequences)
+    documents = [document for document in documents if document]
+    scores = score_windows(
+        model, documents, tokenizer, context_length=context_length, batch_size=batch_size, progress=progress
+    )
+    return summarise_windows(scores, documents)
+
+
+def summarise_windows(scores: Sequence[Score], documents: Sequence[str]) -> PerplexityResult:
+    """Perplexity and bits a byte of what `score_windows` gave for these documents."""
+    num_tokens = sum(score.num_targets for score in scores)
     total = -math.fsum(score.log_likelihood for score in scores)
     loss = total / num_tokens
     return PerplexityResult(
         loss=loss,
         perplexity=exponential(loss),
-        bits_per_byte=total / math.log(2) / num_bytes,
+        bits_per_byte=total / math.log(2) / sum(len(document.encode()) for document in documents),
         tokens=num_tokens,
-        bytes=num_bytes,
-        documents=len(sequences),
+        bytes=sum(len(document.encode()) for document in documents),
+        documents=sum(1 for document in documents if document),
     )
 
 
@@ -123,28 +130,10 @@ def score_windows(
     Args, Raises: as `evaluate_perplexity`.
     """
     _check_options(model, context_length, batch_size)
-    sequences, _ = _sequences(documents, tokenizer)
-    return _score(model, sequences, context_length, batch_size, progress)
-
-
-def _sequences(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Tensor], int]:
-    """The tokens of each document that has any, behind the token that predicts the first; and all their bytes."""
-    sequences: list[Tensor] = []
-    num_bytes = 0
     start = start_token_id(tokenizer)
-    for document in documents:
-        tokens = encode(tokenizer, document)
-        if tokens:
-            sequences.append(torch.tensor([start, *tokens]))
-            num_bytes += len(document.encode())
+    sequences = [torch.tensor([start, *tokens]) for document in documents if (tokens := encode(tokenizer, document))]
     if not sequences:
         raise UserError("there is no text to evaluate: all documents are empty")
-    return sequences, num_bytes
-
-
-def _score(
-    model: PreTrainedModel, sequences: list[Tensor], context_length: int | None, batch_size: int, progress: bool
-) -> list[Score]:
     if context_length is None:
         return _score_with_state(model, sequences, batch_size, progress)
     rows = [row for sequence in sequences for row in _windows(sequence, context_length)]

@@ -214,9 +214,9 @@ def flops_per_token(config: PreTrainedConfig, context: int = CONTEXT) -> FlopCou
     Attention, a layer: 4 A Ah C, queries with keys and weights with values, for a token that attends to C = `context`
     tokens, itself included, or to the layer's window if that is shorter. The mean over a row of S tokens is that of
     C = (S + 1) / 2; an implementation that computes what the causal mask then hides spends that of C = S.
-    Experts count with K / E of all of them, as in `ParameterCount.active_parameters`, a shared one whole. Norms, activations, gate
-    exponentials, softmax, rotary positions, the embedding's look-up and the weighted sum of the experts (2 K D) are
-    left out.
+    Experts count with K / E of all of them, as in `ParameterCount.active_parameters`, a shared one whole. Norms,
+    activations, gate exponentials, softmax, rotary positions, the embedding's look-up and the weighted sum of the
+    experts (2 K D) are left out.
     """
     projections, convolutions = Counter[str](), Counter[str]()
     for module_name, module in _meta_model(config).named_modules():

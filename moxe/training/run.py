@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,11 +47,21 @@ class RunResult:
     evaluation: dict[str, Any] | None
 
 
-def train(recipe: Recipe, console: Console | None = None) -> RunResult:
+# What a finished run writes beside its training: given the trained model, its data and settings, and a console.
+Evaluate = Callable[[PreTrainedModel, Corpus, Recipe, Console], dict[str, Any]]
+
+
+def train(recipe: Recipe, console: Console | None = None, evaluate: Evaluate | None = None) -> RunResult:
     """Train the model of `recipe` and write its run folder.
 
     A run of this name that was stopped goes on from its newest checkpoint, exactly; one that is finished is left alone.
     `recipe.model` is completed with the vocabulary and the special tokens of the tokenizer.
+
+    Args:
+        recipe: everything that decides the run.
+        console: what it says where; None: a console on the standard output.
+        evaluate: what is written to evaluation.json beside `training`; None: the held-out documents under the model
+            and under baselines, and a sample of text, which are also printed.
 
     Raises:
         UserError: for data, a tokenizer, a backend or a run folder that cannot be used, a run of this name with other
@@ -65,7 +75,7 @@ def train(recipe: Recipe, console: Console | None = None) -> RunResult:
         return _leave_alone(folder, evaluation, console or run_console())
     with stop_signals() as signals, process_settings(training):
         try:
-            return _train_and_evaluate(recipe, folder, signals, console)
+            return _train_and_evaluate(recipe, folder, signals, console, evaluate)
         except (OSError, SafetensorError) as error:  # a full disk, most of all
             raise UserError(f"the run in {folder.path} failed: {error}; {folder.checkpoints.how_to_go_on()}") from error
         except Stopped as stopped:
@@ -77,7 +87,9 @@ def _leave_alone(folder: RunFolder, evaluation: dict[str, Any], console: Console
     return RunResult(folder.path, evaluation)
 
 
-def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals, console: Console | None) -> RunResult:
+def _train_and_evaluate(
+    recipe: Recipe, folder: RunFolder, signals: StopSignals, console: Console | None, evaluate: Evaluate | None
+) -> RunResult:
     training = recipe.training
     arguments = training_arguments(recipe)
     # Before anything is written. A model of transformers has no backend; of ours it uses the cross-entropy alone.
@@ -136,10 +148,11 @@ def _train_and_evaluate(recipe: Recipe, folder: RunFolder, signals: StopSignals,
                 "tokens": trainer.state.num_input_tokens_seen,
                 "seconds": trainer.seconds(),
             },
-            **_evaluate(trained, corpus, recipe, console),
+            **(evaluate or _evaluate)(trained, corpus, recipe, console),
         }
         write_json(folder.evaluation_path, evaluation)
-    _print_report(recipe.architecture.label, evaluation, folder, plots, console)
+    if evaluate is None:
+        _print_report(recipe.architecture.label, evaluation, folder, plots, console)
     return RunResult(folder.path, evaluation)
 
 

@@ -32,7 +32,7 @@ from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, WEIGHTS, Checkpo
 # Settings that a run may go on with although it was started with others: they decide what is kept, shown, how fast it
 # goes, and what becomes of a step that would have ended it. `num_threads` and `backend` round differently; the others
 # leave the weights as they would have been.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "data": {"cache_dir", "num_workers"},
     "training": {
         "output_dir",
@@ -73,7 +73,7 @@ class RunFolder:
         Raises:
             UserError: if the folder holds a run, finished or not, that was started with other settings.
         """
-        evaluation = _read_json(self.evaluation_path) if (self.path / WEIGHTS).exists() else None
+        evaluation = read_json_object(self.evaluation_path) if (self.path / WEIGHTS).exists() else None
         saved = self.checkpoints.all()
         if evaluation is not None:
             self._refuse_other_run(recipe, self.recipe_path)
@@ -131,7 +131,7 @@ class RunFolder:
     def _refuse_other_run(self, recipe: Recipe, recipe_path: Path) -> None:
         before, now = load_recipe(recipe_path).to_dict(), recipe.to_dict()
         for section, settings in now.items():
-            for key in sorted(settings.keys() & before[section].keys() - _MAY_CHANGE[section]):
+            for key in sorted(settings.keys() & before[section].keys() - MAY_CHANGE[section]):
                 if before[section][key] != settings[key]:
                     raise UserError(
                         f"{self.path} holds a run that was started with {section}.{key}={before[section][key]!r}, not "
@@ -173,7 +173,7 @@ class RunFolder:
         Returns:
             What is not as it was at the start, of all that changes how a step is rounded or what it sees.
         """
-        before = (_read_json(self.versions_path) or {}) if goes_on else {}
+        before = (read_json_object(self.versions_path) or {}) if goes_on else {}
         versions = {
             "python": platform.python_version(),
             "moxe": moxe.__version__,
@@ -198,7 +198,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if there is no such file, or it was damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -197,6 +197,7 @@ class MoxETrainer(Trainer):
             self.model.zero_grad(set_to_none=True)
         else:
             if self.moves_balancing_bias:
+                assert isinstance(self.model, MoxEForCausalLM)
                 self.model.update_balancing_bias(self._reduce(torch.stack(self.step_assignments).sum(0)))
             if self.args.max_grad_norm > 0:
                 clip_grads_with_norm_(self.model.parameters(), self.args.max_grad_norm, norm)

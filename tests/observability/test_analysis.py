@@ -80,7 +80,7 @@ def planted(generator: torch.Generator, lean: float) -> RoutingAnalysis:
 
 @pytest.mark.parametrize(
     ("lean", "sentence"),
-    [(0.0, "which agrees with 2γ = 1.4"), (2.5, "the raw logits lean too"), (-2.5, "lean against it")],  # noqa: RUF001
+    [(0.0, "which agrees with 2γ = 1.4"), (2.5, "the raw logits lean too"), (-2.5, "lean against it")],
 )
 def test_a_planted_slope_is_recovered_within_a_narrow_interval(generator, lean: float, sentence: str):
     analysis = planted(generator, lean)

@@ -36,6 +36,10 @@ THREAD_SPINS = "1000"
 # What torch says where Python would raise MemoryError: without memory, on a GPU, for a size beyond 64 bits.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Storage size calculation overflowed")
 
+# Named here, since the module that finds them takes seconds to import.
+RECIPES = """\
+recipes: default, fineweb-edu, gemma2-356m, llama-340m, local-text, moxe-340m, qwen2-moe-350m, xlstm-338m"""
+
 LONGEST_SENTENCE = 1000
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -563,12 +567,8 @@ with a grid that was stopped. Settings of data and training hold for every run:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe",
-        metavar="RECIPE",
-        help="default, fineweb-edu, gemma2-356m, llama-340m, local-text, moxe-340m, qwen2-moe-350m, xlstm-338m, or the "
-        "path of a YAML file",
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from the list below, or the path of a YAML file")
+    parser.epilog = f"{parser.epilog}\n\n{RECIPES}"  # the lines of an argument's help may break inside a name
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

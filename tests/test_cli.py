@@ -327,6 +327,15 @@ def test_limit_takes_the_first_documents(capsys, trained, corpus):
     assert result["documents"] == 2
 
 
+def test_eval_in_windows_of_a_length(capsys, trained, corpus):
+    command = ("eval", trained, "--data", corpus, "--json")
+    windows, whole = (json.loads(output(capsys, *command, *more)) for more in (("--context-length", "8"), ()))
+    assert windows["tokens"] == whole["tokens"]
+    assert windows["loss"] != whole["loss"]
+    sentence = "--context-length is for perplexity"
+    assert sentence in refusal(capsys, "eval", trained, "--task", "lambada", "--context-length", "8")
+
+
 def test_eval_takes_a_folder_and_another_text_field(capsys, trained, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -422,13 +431,14 @@ def test_a_folder_without_config_is_refused(capsys, tmp_path):
     [
         ("{", "is not valid"),
         ("[]", "must hold a JSON object"),
-        ('{"model_type": "llama"}', "model_type 'llama'"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2' is not one of: moxe, moxe_xlstm, gemma2, qwen2_moe, llama"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
         ('{"model_type": "moxe", "num_experts": 3}', "num_experts=3 is odd"),
         ('{"model_type": "moxe", "num_expert": 4}', "'num_experts'"),
         ('{"model_type": "moxe", "hidden_size": "wide"}', "hidden_size"),
     ],
 )
-def test_a_config_that_is_not_of_a_moxe_model_is_refused(capsys, checkpoint, content, sentence):
+def test_a_config_that_is_of_no_model_of_moxe_is_refused(capsys, checkpoint, content, sentence):
     (checkpoint / "config.json").write_text(content, encoding="utf-8")
     assert sentence in refusal(capsys, "info", checkpoint)
     assert sentence in refusal(capsys, "generate", checkpoint, "the old")

@@ -10,7 +10,7 @@ import torch
 
 from moxe.errors import UserError
 from moxe.evaluation import perplexity
-from moxe.evaluation.perplexity import evaluate_perplexity
+from moxe.evaluation.perplexity import evaluate_perplexity, score_windows
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
 
@@ -105,6 +105,43 @@ def test_documents_may_come_from_a_generator(moxe, tokenizer):
 def test_the_result_has_the_names_of_the_command_line(moxe, tokenizer):
     result = evaluate_perplexity(moxe, ["the sea"], tokenizer).to_dict()
     assert set(result) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes", "documents"}
+
+
+@pytest.mark.parametrize("context_length", [None, 7, 16])
+@torch.no_grad()
+def test_windows_are_those_of_the_perplexity_in_the_order_of_the_text(moxe, tokenizer, monkeypatch, context_length):
+    monkeypatch.setattr(perplexity, "CHUNK_LENGTH", 8)
+    result = evaluate_perplexity(moxe, DOCUMENTS, tokenizer, context_length=context_length)
+    scores = score_windows(moxe, DOCUMENTS, tokenizer, context_length=context_length)
+    assert sum(score.num_targets for score in scores) == result.tokens
+    assert -math.fsum(score.log_likelihood for score in scores) / result.tokens == result.loss
+    lengths = [len(tokenizer.encode(document)) for document in DOCUMENTS if document]
+    size = context_length or 8
+    assert [score.num_targets for score in scores] == [
+        min(size, length - begin) for length in lengths for begin in range(0, length, size)
+    ]
+    first = 0
+    for document in filter(None, DOCUMENTS):
+        alone = score_windows(moxe, [document], tokenizer, context_length=context_length, batch_size=1)
+        together = scores[first : first + len(alone)]
+        first += len(alone)
+        expected = [score.log_likelihood for score in alone]
+        assert [score.log_likelihood for score in together] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_with_its_state_carried_pairs_with_one_that_sees_windows(moxe, llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(perplexity, "CHUNK_LENGTH", 8)
+    carried = score_windows(moxe, DOCUMENTS, tokenizer, context_length=None)
+    windows = score_windows(llama, DOCUMENTS, tokenizer, context_length=8)
+    assert [score.num_targets for score in carried] == [score.num_targets for score in windows]
+    alone = score_windows(moxe, DOCUMENTS, tokenizer, context_length=8)
+    assert carried[0].log_likelihood == pytest.approx(alone[0].log_likelihood, rel=1e-5)
+    assert carried != alone
+
+
+def test_windows_of_a_model_without_recurrent_state_need_a_length(llama, tokenizer):
+    with pytest.raises(UserError, match="context_length is needed for LlamaForCausalLM"):
+        score_windows(llama, DOCUMENTS, tokenizer, context_length=None)
 
 
 def test_the_model_is_left_in_the_mode_it_was_in_and_without_gradients(moxe, tokenizer):

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from moxe.errors import UserError
-from moxe.observability.metrics import LOSS_TERMS
+from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.observability.plots import draw_run
 
 NAMES = ["losses.png", "utilisation.png", "routing.png", "gradients.png"]
@@ -30,7 +30,7 @@ def write_run(folder: Path, lines: int, *, layers: int = 2, experts: int = 4, di
             }
             for _ in range(layers)
         ]
-        losses = {term: 1 / step for term in LOSS_TERMS if difficulty or term != "difficulty_loss"}
+        losses = {term: 1 / step for term in MoxEForCausalLM.loss_terms if difficulty or term != "difficulty_loss"}
         norms = {"gradient_norm": 1.0, "gradient_norms": {"embedding": 0.6, "slstm_experts": 0.8}}
         records.append({"step": step, "tokens": step, **losses, **norms, "layers": of_layers})
         records.append({"step": step, **{f"validation_{term}": value for term, value in losses.items()}})

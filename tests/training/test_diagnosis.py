@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.modules.router import RouterOutput
-from moxe.observability.metrics import LOSS_TERMS
 from moxe.training.diagnosis import diagnose
 from tests.training.tiny import tiny_model
 
@@ -23,11 +22,11 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 def finding(model: MoxEForCausalLM, *batches: dict[str, Tensor]) -> str:
     """The diagnosis of a step over the batches, with the gradients that it really has."""
     model.train()
-    losses = dict.fromkeys(LOSS_TERMS, 0.0)
+    losses = dict.fromkeys(MoxEForCausalLM.loss_terms, 0.0)
     for inputs in batches or (batch(),):
         outputs = model(**inputs)
         outputs.loss.backward()
-        losses = {term: losses[term] + getattr(outputs, term).item() for term in LOSS_TERMS}
+        losses = {term: losses[term] + getattr(outputs, term).item() for term in MoxEForCausalLM.loss_terms}
     diagnosis = diagnose(model, batches or (batch(),), losses)
     assert diagnosis.is_in_weights == (not all(p.isfinite().all() for p in model.parameters()))
     return diagnosis.finding
@@ -180,7 +179,7 @@ def test_a_norm_that_overflows_without_any_number_doing_so_is_told_apart():
     model = tiny_model()
     finding(model)
     model.lm_head.weight.grad[3, 3] = 3e30
-    message = diagnose(model, [batch()], dict.fromkeys(LOSS_TERMS, 1.0)).finding
+    message = diagnose(model, [batch()], dict.fromkeys(MoxEForCausalLM.loss_terms, 1.0)).finding
     assert "their norm is not" in message
     assert "3e+30, is in the gradient of lm_head.weight (head)" in message
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from moxe.observability.metrics import LOSS_TERMS, MetricsFile, read_metrics
+from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.observability.routing import routing_statistics
 from moxe.training.trainer import count_targets, flatten
 from tests.training.tiny import Rows, tiny_model
@@ -65,7 +66,7 @@ def test_the_logged_loss_of_an_accumulated_step_is_the_large_batchs(make_trainer
         expected = trainer.model(**batch_of(rows, range(8)))
     assert terms["lm_loss"] == pytest.approx(expected.lm_loss.item(), rel=1e-9)
     coefficients = [trainer.model.config.to_dict()[name] for name in NO_ROUTER_LOSSES]
-    router_terms = [terms[term] for term in LOSS_TERMS[2:]]
+    router_terms = [terms[term] for term in MoxEForCausalLM.loss_terms[2:]]
     total = terms["lm_loss"] + sum(c * t for c, t in zip(coefficients, router_terms, strict=True))
     assert terms["loss"] == pytest.approx(total, rel=1e-9)
 
@@ -87,7 +88,15 @@ def test_a_training_line_holds_every_number(make_trainer, tmp_path: Path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     tokens = int(Rows(8).attention_mask.sum())
     assert lines[-1]["tokens"] == 2 * tokens
-    numbers = {"step", "epoch", "tokens", "learning_rate", *LOSS_TERMS, "gradient_norm", "tokens_per_second"}
+    numbers = {
+        "step",
+        "epoch",
+        "tokens",
+        "learning_rate",
+        *MoxEForCausalLM.loss_terms,
+        "gradient_norm",
+        "tokens_per_second",
+    }
     for line in lines:
         assert line.keys() == numbers | {"gradient_norms", "skipped_steps", "layers"}
         assert all(math.isfinite(line[key]) for key in numbers)
@@ -107,7 +116,7 @@ def test_a_line_is_the_mean_over_the_steps_since_the_last_one(make_trainer, tmp_
         make_trainer(metrics=metrics, logging_steps=logging_steps, num_epochs=2.0).train()
     every, second = ([line for line in read_metrics(file.path) if "layers" in line] for file in files)
     assert [line["step"] for line in second] == [2, 4]
-    for term in LOSS_TERMS:
+    for term in MoxEForCausalLM.loss_terms:
         assert second[0][term] == pytest.approx((every[0][term] + every[1][term]) / 2, rel=1e-5)
 
 
@@ -129,7 +138,7 @@ def test_validation_is_weighted_by_target_tokens(make_trainer, tmp_path: Path):
     assert record["validation_lm_loss"] == pytest.approx(outputs.lm_loss.item(), rel=1e-5)
     assert record["validation_tokens"] == count_targets(batch)
     assert result["eval_lm_loss"] == record["validation_lm_loss"]
-    assert {f"validation_{term}" for term in LOSS_TERMS} <= record.keys()
+    assert {f"validation_{term}" for term in MoxEForCausalLM.loss_terms} <= record.keys()
     for logged, layer in zip(
         record["validation_layers"], routing_statistics(outputs.routing, 4, batch["attention_mask"]), strict=True
     ):

@@ -114,7 +114,9 @@ class Runner:
         ]
 
     def _start(self, run: Run) -> None:
-        process = self._context.Process(target=self._work_of_a_run, args=(run, self.grid.data.lambada))
+        process = self._context.Process(
+            target=self._work_of_a_run, args=(run, None if run.is_tuning else self.grid.data.lambada)
+        )
         process.start()
         self._running.append(_Running(run, process, time.monotonic()))
 

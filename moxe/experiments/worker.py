@@ -118,7 +118,7 @@ def _evaluate(run: Run, model: PreTrainedModel, corpus: Corpus, lambada: tuple[s
         "lambada": None if words is None else summarise_last_words(words).to_dict(),
         "peak_memory_bytes": peak,
         "threads": torch.get_num_threads(),
-        "analysis": _analyse(model, corpus, length),
+        "analysis": None if run.is_tuning else _analyse(model, corpus, length),
     }
 
 

@@ -30,6 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moxe.data.packing import PackedStream
 from moxe.errors import UserError
+from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.models.packed import pack_tokens
 from moxe.observability.metrics import MetricsFile
 from moxe.observability.routing import RoutingMeter, RoutingStatistics

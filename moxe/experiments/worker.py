@@ -31,7 +31,7 @@ from moxe.evaluation.perplexity import score_windows, summarise_windows
 from moxe.experiments.analysis import analyse_routing
 from moxe.experiments.grid import ERROR, LOG, Run
 from moxe.files import write_whole
-from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.configuration_moxe import MoxEConfig
 from moxe.ops.cpu.allocator import keep_freed_memory
 from moxe.recipe import Recipe
 from moxe.training.run import train
@@ -123,7 +123,7 @@ def _evaluate(run: Run, model: PreTrainedModel, corpus: Corpus, lambada: tuple[s
 
 
 def _analyse(model: PreTrainedModel, corpus: Corpus, length: int) -> dict[str, Any] | None:
-    if not isinstance(model, MoxEForCausalLM):
+    if not isinstance(model.config, MoxEConfig):
         return None
     counts = None
     if not isinstance(corpus.train, PackedStream):

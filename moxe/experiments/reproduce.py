@@ -179,7 +179,7 @@ def _known_rows(grid: Grid, rows: Sequence[Row]) -> list[Row]:
 
 
 def _finished_runs(grid: Grid, row: Row) -> list[Run]:
-    rate = grid.learning_rate(row.model)
+    rate = grid.learning_rate(row.tuned_as)
     return [] if rate is None else [run for run in grid.seed_runs(row, rate) if run.evaluation is not None]
 
 

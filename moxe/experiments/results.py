@@ -57,7 +57,7 @@ def collect(
 
 
 def _runs(grid: Grid, row: Row) -> list[Run]:
-    rate = grid.learning_rate(row.model)
+    rate = grid.learning_rate(row.tuned_as)
     return [] if rate is None else grid.seed_runs(row, rate)
 
 
@@ -77,14 +77,14 @@ def _row(grid: Grid, row: Row, speed: Mapping[str, Any] | None) -> dict[str, Any
             "change_percent": row.change_percent,
         },
         **_costs(grid, row),
-        "learning_rate": grid.learning_rate(row.model),
+        "learning_rate": grid.learning_rate(row.tuned_as),
         "tuning": [
             {"learning_rate": run.recipe.training.learning_rate, "validation_loss": evaluation["validation"]["loss"]}
-            for run in grid.tuning_runs(row.model)
+            for run in grid.tuning_runs(row.tuned_as)
             if (evaluation := run.evaluation) is not None
         ],
         "speed": None if speed is None else dict(speed),
-        "runs": [_run(run, with_load=row.name in _DRAWN_LOAD and run.seed == 0) for run in runs],
+        "runs": [_run(run, with_load=row.name in _DRAWN_LOAD) for run in runs],
     }
 
 

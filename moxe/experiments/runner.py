@@ -96,15 +96,15 @@ class Runner:
 
         Seed by seed, so that a grid that is stopped early has something of every row.
         """
-        models = dict.fromkeys(row.model for row in self.rows)
+        models = dict.fromkeys(row.tuned_as for row in self.rows)
         tuning = [run for model in models for run in self.grid.tuning_runs(model)]
         rates = {model: self.grid.learning_rate(model) for model in models}
-        of_rows = [self.grid.seed_runs(row, rate) for row in self.rows if (rate := rates[row.model]) is not None]
+        of_rows = [self.grid.seed_runs(row, rate) for row in self.rows if (rate := rates[row.tuned_as]) is not None]
         return tuning + [runs[seed] for seed in range(self.grid.seeds) for runs in of_rows]
 
     def num_runs(self) -> int:
         """How many runs there will be in all."""
-        models = {row.model for row in self.rows}
+        models = {row.tuned_as for row in self.rows}
         return len(self.rows) * self.grid.seeds + sum(len(self.grid.tuning_runs(model)) for model in models)
 
     def _waiting(self) -> list[Run]:

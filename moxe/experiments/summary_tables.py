@@ -165,6 +165,10 @@ def _last_word_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
     return Table("Last words (LAMBADA)", columns, table, note)
 
 
+def _milliseconds(seconds: float | None) -> str:
+    return _NOTHING if seconds is None else f"{1000 * seconds:.2f}"
+
+
 def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, Any]]) -> Table:
     labels = {row["name"]: row["label"] for row in results["rows"]}
     common = results["equal_time"][section]
@@ -176,6 +180,7 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
         "active",
         "active FLOPs a token",
         "tokens/s alone",
+        "ms a generated token",
         "tokens/s in training",
         "peak memory, MB",
         "seconds a run",
@@ -195,6 +200,7 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
                 f"{row['active_parameters']:,}",
                 f"{row['flops_per_token']:,}",
                 f"{row['speed']['tokens_per_second']:,.0f}" if row.get("speed") else _NOTHING,
+                _milliseconds((row.get("speed") or {}).get("seconds_a_generated_token")),
                 _mean(row, "tokens_per_second"),
                 _NOTHING if peak is None else f"{peak / 1e6:,.0f}",
                 f"{point['seconds']:,.0f}" if point else _NOTHING,

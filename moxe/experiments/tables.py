@@ -20,7 +20,8 @@ class Row:
         name: as in folders and results.json.
         label: as in tables.
         section: which part of the tables it belongs to.
-        model: the model of the scale that it starts from, and whose learning rate it takes.
+        model: the model of the scale that it starts from.
+        learning_rate_of: the model of Table 1 whose learning rate it takes; "": `model` itself.
         settings: what it changes in the `model` section.
         note: what it is, in a sentence; may be empty.
         parameters: the paper's count of parameters.
@@ -31,11 +32,17 @@ class Row:
     label: str
     section: str
     model: str = "moxe"
+    learning_rate_of: str = ""
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     note: str = ""
     parameters: int | None = None
     lambada_perplexity: float | None = None
     change_percent: float | None = None
+
+    @property
+    def tuned_as(self) -> str:
+        """The model whose learning rate it takes."""
+        return self.learning_rate_of or self.model
 
 
 _NO_ENTROPY = {"router_kind": "standard"}
@@ -103,6 +110,14 @@ _ABLATIONS = (
 )
 
 _OURS = (
+    Row(
+        "xlstm-active",
+        "xLSTM[5:1] of MoxE's active blocks",
+        "ours",
+        model="xlstm_active",
+        learning_rate_of="xlstm",
+        note="dense: MoxE's width, and as many blocks as a token of it meets; fewer parameters",
+    ),
     Row(
         "token-memory",
         "experts without memory",

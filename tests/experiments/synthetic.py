@@ -89,7 +89,7 @@ def _row(name: str, of_seed: np.ndarray, spread: float, slope: float, generator:
         "flops_per_token": 31_000_000,
         "learning_rate": 0.003,
         "tuning": [{"learning_rate": rate, "validation_loss": 4.0 + rate} for rate in (0.001, 0.003)],
-        "speed": {"tokens_per_second": SPEEDS[name], "threads": 1} if name in SPEEDS else None,
+        "speed": _speed(SPEEDS[name]) if name in SPEEDS else None,
         "runs": [
             _run(name, seed, base + EFFECTS[name] + float(generator.normal(0, noise)), slope, generator)
             for seed, base in enumerate(of_seed)
@@ -157,3 +157,11 @@ def fail(row: dict[str, Any], seed: int, error: str) -> None:
 def diverge(row: dict[str, Any], seed: int, loss: float) -> None:
     row["runs"][seed]["validation_loss"] = loss
     row["runs"][seed]["lambada_perplexity"] = math.inf
+
+
+def _speed(tokens_per_second: float) -> dict[str, Any]:
+    return {
+        "tokens_per_second": tokens_per_second,
+        "seconds_a_generated_token": 1 / tokens_per_second,
+        "threads": 1,
+    }

@@ -95,6 +95,7 @@ class Grid:
         self.overrides = [pair for pair in overrides if pair[0] != "training.learning_rate"]
         given = [value for name, value in overrides if name == "training.learning_rate"]
         self.learning_rates = (float(given[-1]),) if given else scale.learning_rates
+        self._runs: dict[tuple[str, int, float, bool], Run] = {}
 
     def example_of(self, row: Row) -> Run:
         """Some run of a row: what all of them have in common can be read off it."""
@@ -126,6 +127,13 @@ class Grid:
         return [self._run(row, seed, learning_rate, is_tuning=False) for seed in range(self.seeds)]
 
     def _run(self, row: Row, seed: int, learning_rate: float, *, is_tuning: bool) -> Run:
+        """Made once: whoever watches a grid asks for all of its runs every second."""
+        which = (row.name, seed, learning_rate, is_tuning)
+        if which not in self._runs:
+            self._runs[which] = self._make_run(row, seed, learning_rate, is_tuning)
+        return self._runs[which]
+
+    def _make_run(self, row: Row, seed: int, learning_rate: float, is_tuning: bool) -> Run:
         model = {**self.scale.models[row.model], **row.settings}
         training = {"seed": seed, "learning_rate": learning_rate}
         recipe = self.scale.recipe(model, training, self.overrides)

@@ -155,8 +155,9 @@ def expectations(row: dict[str, Any], head: list[str], cells: list[str]) -> list
             (3, [row["active_parameters"]], 1),
             (4, [row["flops_per_token"]], 1),
             (5, [row["speed"]["tokens_per_second"]] if row["speed"] else [], 1),
-            (6, [speed["mean"], speed["low"], speed["high"]], 1),
-            (7, [sum(peaks) / len(peaks) / 1e6], 1),
+            (6, [1000 * row["speed"]["seconds_a_generated_token"]] if row["speed"] else [], 0.01),
+            (7, [speed["mean"], speed["low"], speed["high"]], 1),
+            (8, [sum(peaks) / len(peaks) / 1e6], 1),
         ]
         return named(head, cells, expected)
     if head[1] == "2 gamma":

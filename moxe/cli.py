@@ -254,7 +254,8 @@ def reproduce(args: argparse.Namespace) -> int:
         args.table,
         args.scale,
         overrides=args.overrides,
-        command=shlex.join(["moxe", *args.argv]),
+        # A reader of the report has these files elsewhere: of a path its name will do.
+        command=shlex.join(["moxe", *(os.path.basename(word) if "/" in word else word for word in args.argv)]),
         **_given(args, "out", "seeds", "jobs", "lambada"),
     )
     return EXIT_FAILED if finished.failed else 0

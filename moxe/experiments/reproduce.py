@@ -77,13 +77,13 @@ def reproduce(
     _check(table, scale_name, seeds, jobs, overrides)
     scale = load_scale(scale_name)
     out = Path(os.path.expanduser(out or Path("results") / scale_name))
-    _require_own_folder(out)
-    texts, source = _lambada(lambada, scale.lambada_examples, console)
+    had_lambada = _require_own_folder(out)
+    texts, source = _lambada(lambada, scale.lambada_examples, had_lambada, console)
     recipe = scale.recipe(scale.models["moxe"], {}, overrides)
     corpus = prepare(recipe.data, seed=0)
     data = Data(corpus.fingerprint, len(corpus.tokenizer), texts, source)
     grid = Grid(scale, seeds or scale.seeds, overrides, data, out)
-    _mark(out)
+    _mark(out, has_lambada=texts is not None)
     rows = rows_of(table)
     runner = Runner(grid, rows, jobs or _default_jobs(), console)
     console.print(
@@ -113,31 +113,36 @@ def _check(table: str, scale: str, seeds: int | None, jobs: int | None, override
             raise UserError(f"{name} is set by the rows of the table: what can be overridden is data.* and training.*")
 
 
-def _require_own_folder(out: Path) -> None:
-    """A folder that is new, empty, or holds results of this version."""
-    mark = out / _MARK
+def _require_own_folder(out: Path) -> bool:
+    """Refuse a folder that is not new, not empty, and holds no results of this version.
+
+    Returns:
+        Whether its runs were evaluated on LAMBADA.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{out} holds something that is no results of moxe reproduce: give another --out") from None
-    if found != FORMAT:
+        return False
+    mark = read_json_object(out / _MARK)
+    if mark is None or "format" not in mark:
+        raise UserError(f"{out} holds something that is no results of moxe reproduce: give another --out")
+    if mark["format"] != FORMAT:
         raise UserError(
-            f"{out} holds results of another version of moxe (format {shown(found)}, this one writes {FORMAT}): give "
-            "another --out"
+            f"{out} holds results of another version of moxe (format {shown(mark['format'])}, this one writes "
+            f"{FORMAT}): give another --out"
         )
+    return bool(mark.get("lambada"))
 
 
-def _mark(out: Path) -> None:
+def _mark(out: Path, *, has_lambada: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / _MARK, json.dumps({"format": FORMAT}) + "\n")
+        write_whole(out / _MARK, json.dumps({"format": FORMAT, "lambada": has_lambada}) + "\n")
     except OSError as error:
         raise UserError(f"the results folder {out} cannot be made or written: {error.strerror}") from None
 
 
-def _lambada(given: str | None, limit: int | None, console: Console) -> tuple[tuple[str, ...] | None, str | None]:
+def _lambada(
+    given: str | None, limit: int | None, is_needed: bool, console: Console
+) -> tuple[tuple[str, ...] | None, str | None]:
     """The texts whose last words are scored, and where they come from."""
     if given == NO_LAMBADA:
         return None, None
@@ -148,6 +153,8 @@ def _lambada(given: str | None, limit: int | None, console: Console) -> tuple[tu
     try:
         return tuple(itertools.islice(read_documents(LAMBADA["source"], **hub), limit)), LAMBADA["source"]
     except UserError as error:
+        if is_needed:
+            raise UserError(f"the runs of this folder were made with LAMBADA; give --lambada FILE: {error}") from None
         console.print(f"doing without LAMBADA: {error}", markup=False, highlight=False, soft_wrap=True)
         return None, None
 
@@ -164,7 +171,10 @@ def _report(grid: Grid, rows: Sequence[Row], corpus: Corpus, command: str, conso
         return
     if measure:
         console.print("measuring the speed of each row, alone on the machine", highlight=False)
-        measure_speed(finished, grid.data.vocab_size, grid.out)
+        try:
+            measure_speed(finished, grid.data.vocab_size, grid.out)
+        except (RuntimeError, MemoryError) as error:  # most likely out of memory, which no report should be lost for
+            console.print(f"the speed is not measured: {error}", markup=False, highlight=False, soft_wrap=True)
     speed = read_json_object(grid.out / SPEED) or {}
     results = collect(grid, rows, command=command, guessing=_guessing(corpus), speed=speed)
     add_statistics(results, Margins())

@@ -95,7 +95,8 @@ def _costs(grid: Grid, row: Row) -> dict[str, int]:
     return {
         "parameters": parameters.total_parameters,
         "active_parameters": parameters.active_parameters,
-        "flops_per_token": flops_per_token(config).flops_per_token,
+        # A token sees half of its row on average.
+        "flops_per_token": flops_per_token(config, (recipe.data.sequence_length + 1) // 2).flops_per_token,
     }
 
 

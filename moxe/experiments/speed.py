@@ -15,23 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from moxe.benchmarks.machine import describe_machine
-from moxe.benchmarks.timing import time_in_turn
+from moxe.benchmarks.timing import Samples, time_in_turn
 from moxe.experiments.grid import Run
 from moxe.files import write_whole
 from moxe.models.architectures import build_model
 from moxe.ops.cpu.allocator import keep_freed_memory
+from moxe.training.run_folder import read_json_object
 
 SPEED = "speed.json"
 GENERATED_TOKENS = 32
 _REPEATS = 5
+_ROWS_AT_ONCE = 5
 
 
 def measure_speed(runs: Sequence[Run], vocab_size: int, out: Path) -> dict[str, dict[str, Any]]:
     """Training and generation of each row, by its name: what speed.json of `out` then holds.
 
     Each entry has `tokens_per_second`, of a training step on a batch of the recipe's size; and
-    `seconds_a_generated_token`, of one sequence that goes on from a prompt of the recipe's row length, whose reading
-    counts. All rows are measured again unless every one of them has been.
+    `seconds_a_generated_token`, of one sequence behind a prompt of the recipe's row length, whose reading does not
+    count. All rows are measured again unless every one of them has been.
 
     Args:
         runs: one of each row.
@@ -39,7 +41,7 @@ def measure_speed(runs: Sequence[Run], vocab_size: int, out: Path) -> dict[str, 
         out: the folder of the results.
     """
     path = out / SPEED
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json_object(path) or {}
     if any(known.get(run.row.name, {}).get("run") != run.folder.name for run in runs):
         context = multiprocessing.get_context("forkserver")
         with context.Pool(1) as pool:  # in a process of its own, which has its own threads and memory
@@ -56,17 +58,23 @@ def _measure(runs: Sequence[Run], vocab_size: int) -> dict[str, dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, length = training.batch_size, runs[0].recipe.data.sequence_length
     ids = torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
-    names = [run.row.name for run in runs]
-    models = [_model(run, vocab_size, device) for run in runs]
-    steps = {name: _training_step(model, ids, training.bf16) for name, model in zip(names, models, strict=True)}
-    trained = time_in_turn(steps, repeats=_REPEATS)
-    generations = {name: _generation(model, ids[:1]) for name, model in zip(names, models, strict=True)}
-    generated = time_in_turn(generations, repeats=_REPEATS)
+    trained: dict[str, Samples] = {}
+    first: dict[str, Samples] = {}
+    generated: dict[str, Samples] = {}
+    for begin in range(0, len(runs), _ROWS_AT_ONCE):  # so that models of the paper's size fit into memory
+        models = {run.row.name: _model(run, vocab_size, device) for run in runs[begin : begin + _ROWS_AT_ONCE]}
+        for taken, side in (
+            (trained, lambda model: _training_step(model, ids, training.bf16)),
+            (first, lambda model: _generation(model, ids[:1], 1)),
+            (generated, lambda model: _generation(model, ids[:1], 1 + GENERATED_TOKENS)),
+        ):
+            taken |= time_in_turn({name: side(model) for name, model in models.items()}, repeats=_REPEATS)
     return {
         run.row.name: {
             "run": run.folder.name,
             "tokens_per_second": ids.numel() / trained[run.row.name].median,
-            "seconds_a_generated_token": generated[run.row.name].median / GENERATED_TOKENS,
+            "seconds_a_generated_token": (generated[run.row.name].median - first[run.row.name].median)
+            / GENERATED_TOKENS,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else describe_machine()["cpu"],
         }
@@ -95,9 +103,9 @@ def _training_step(model: nn.Module, ids: Tensor, bf16: bool) -> Callable[[], No
     return step
 
 
-def _generation(model: Any, prompt: Tensor) -> Callable[[], None]:
-    """The most probable `GENERATED_TOKENS` tokens behind the prompt."""
-    length = {"min_new_tokens": GENERATED_TOKENS, "max_new_tokens": GENERATED_TOKENS}
+def _generation(model: Any, prompt: Tensor, tokens: int) -> Callable[[], None]:
+    """The most probable tokens behind the prompt."""
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
 
     def generate() -> None:
         model.eval()

@@ -128,12 +128,16 @@ def _analyse(model: PreTrainedModel, corpus: Corpus, length: int) -> dict[str, A
     counts = None
     if not isinstance(corpus.train, PackedStream):
         counts = dict(enumerate(np.bincount(corpus.train.documents.tokens).tolist()))
-    analysis = analyse_routing(
-        model,
-        corpus.validation_texts,
-        corpus.tokenizer,
-        max_tokens=ANALYSED_TOKENS,
-        context_length=length,
-        token_counts=counts,
-    )
+    try:
+        analysis = analyse_routing(
+            model,
+            corpus.validation_texts,
+            corpus.tokenizer,
+            max_tokens=ANALYSED_TOKENS,
+            context_length=length,
+            token_counts=counts,
+        )
+    except UserError as error:  # too little held-out text, a model that has diverged: no reason to lose the run
+        print(f"the routing is not analysed: {error}")
+        return None
     return analysis.to_dict()

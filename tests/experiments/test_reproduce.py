@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moxe import cli
+from moxe.evaluation.last_word import LAMBADA
 from moxe.experiments.grid import FORMAT
 from moxe.experiments.results_file import read_results
 from moxe.experiments.tables import rows_of
@@ -94,6 +95,8 @@ def test_the_reports_are_there_and_name_no_folder_of_this_machine(out: Path):
         assert (out / name).stat().st_size > 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Qwen1.5-MoE" in page
+    for text in (page, (out / "results.json").read_text(encoding="utf-8")):
+        assert f"{out.parent}" not in text
     assert row(read_results(out / "results.json"), "moxe")["speed"]["tokens_per_second"] > 0
 
 
@@ -169,6 +172,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert sentence in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_made_with_lambada_is_not_gone_on_with_where_it_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "grid.json").write_text(json.dumps({"format": FORMAT, "lambada": True}))
+    monkeypatch.setitem(LAMBADA, "source", "nobody/nothing")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["reproduce", "table1", "--out", f"{out}"]) == cli.EXIT_USER_ERROR
+    assert "were made with LAMBADA; give --lambada FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,10 @@ def test_a_run_whose_process_dies_is_a_failed_run(make_runner):
 def test_the_runs_of_a_row_wait_for_its_learning_rate(make_runner):
     runner = make_runner(scale="small", seeds=1)
     done = runner.run().done
-    assert [run.is_tuning for run in done[:3]] == [True] * 3
-    assert {run.recipe.training.learning_rate for run in done[3:]} == {3e-3}
-    assert len(done) == runner.num_runs() == 3 + len(ROWS)
+    candidates = len(runner.grid.learning_rates)
+    assert [run.is_tuning for run in done[:candidates]] == [True] * candidates
+    assert {run.recipe.training.learning_rate for run in done[candidates:]} == {3e-3}
+    assert len(done) == runner.num_runs() == candidates + len(ROWS)
 
 
 def test_a_signal_lets_the_runs_in_progress_save_and_says_which(make_runner, tmp_path: Path):

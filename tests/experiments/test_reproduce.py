@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moxe import cli
-from moxe.evaluation.last_word import LAMBADA
+from moxe.data import hub
 from moxe.experiments.grid import FORMAT
 from moxe.experiments.results_file import read_results
 from moxe.experiments.tables import rows_of
@@ -174,14 +174,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def unreachable(*arguments: Any, **options: Any) -> Any:
+    raise ConnectionError("no route to the hub")
+
+
 def test_a_folder_made_with_lambada_is_not_gone_on_with_where_it_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "results"
     out.mkdir()
     (out / "grid.json").write_text(json.dumps({"format": FORMAT, "lambada": True}))
-    monkeypatch.setitem(LAMBADA, "source", "nobody/nothing")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "_open_builder", unreachable)
+    monkeypatch.setattr(hub, "sleep", lambda seconds: None)
     assert cli.main(["reproduce", "table1", "--out", f"{out}"]) == cli.EXIT_USER_ERROR
     assert "were made with LAMBADA; give --lambada FILE" in capsys.readouterr().err
 

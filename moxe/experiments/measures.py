@@ -112,6 +112,11 @@ def values_by_seed(row: Mapping[str, Any], measure: Measure) -> dict[int, float]
     return {seed: value for seed, value in values.items() if value is not None}
 
 
+def trained_on_gpu(results: Mapping[str, Any]) -> bool:
+    """Whether peaks of memory are what was allocated on a GPU; else they are of the whole process."""
+    return "cuda" in results["machine"].get("device", "")
+
+
 def peak_memory(row: Mapping[str, Any]) -> float | None:
     """Bytes at the peak of a run, the mean over those that came to their end."""
     peaks = [

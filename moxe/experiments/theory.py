@@ -15,6 +15,7 @@ class LayerEstimate:
     """A quantity of one layer, over the seeds; the interval is that of the one run where there is one seed."""
 
     layer: int
+    seeds: int
     mean: float
     low: float | None
     high: float | None
@@ -24,13 +25,14 @@ class LayerEstimate:
         return self.low is not None and self.high is not None and least <= self.low and self.high <= most
 
     def lies_outside(self, least: float, most: float) -> bool:
-        """Whether the whole interval is below the least or above the most."""
+        """Whether the whole interval is below the least or above the most; an infinite end is open."""
         return self.low is not None and self.high is not None and (self.high < least or self.low > most)
 
 
 # Where an analysis keeps its numbers of a layer: a number, or a mapping with value, low and high.
 _ODDS_SLOPE = ("difficulty", "odds_slope")
 _RARITY = ("share_with_rarity",)
+_RARITY_NAME = "share of mLSTM experts with the rarity"
 _QUANTITIES = {
     "slope of log(P_M/P_S) on d": _ODDS_SLOPE,
     "of the raw logits": ("difficulty", "raw_odds_slope"),
@@ -42,14 +44,14 @@ _QUANTITIES = {
     "d with the entropy": ("difficulty", "with_entropy"),
     "d with the rarity": ("difficulty", "with_rarity"),
     "d explained by the token": ("difficulty", "identity_share"),
-    "share of mLSTM experts": ("mlstm_share",),
-    "that share with the rarity": _RARITY,
+    "share of group M": ("mlstm_share",),
 }
 
 
 def expected_slope(row: Mapping[str, Any]) -> float | None:
-    """2 gamma, by an analysis of the row; None if no run was analysed."""
-    return next((2 * analysis["gamma"] for analysis in _analyses(row) if analysis.get("gamma") is not None), None)
+    """2 gamma, by an analysis of the row; None if no run was analysed, or no layer has a difficulty."""
+    with_difficulty = [one for one in _analyses(row) if any(layer.get("difficulty") for layer in one["layers"])]
+    return next((2 * analysis["gamma"] for analysis in with_difficulty), None)
 
 
 def odds_slopes(row: Mapping[str, Any]) -> list[LayerEstimate]:
@@ -58,14 +60,19 @@ def odds_slopes(row: Mapping[str, Any]) -> list[LayerEstimate]:
 
 
 def rarity_correlations(row: Mapping[str, Any]) -> list[LayerEstimate]:
-    """By layer the rank correlation of a token's rarity with its share of mLSTM experts; empty if not analysed."""
-    return _by_layer(_analyses(row), _RARITY)
+    """By layer the rank correlation of a token's rarity with its share of mLSTM experts.
+
+    Empty if not analysed, or if group M alone does not hold the mLSTM experts.
+    """
+    return _by_layer([one for one in _analyses(row) if one["expert_kind"] == "xlstm"], _RARITY)
 
 
 def routing_quantities(row: Mapping[str, Any]) -> dict[str, list[LayerEstimate]]:
     """All that was found of the routers, by its name; empty if no run was analysed."""
     analyses = _analyses(row)
-    return {name: found for name, way in _QUANTITIES.items() if (found := _by_layer(analyses, way))}
+    found = {name: _by_layer(analyses, way) for name, way in _QUANTITIES.items()}
+    found[_RARITY_NAME] = rarity_correlations(row)
+    return {name: layers for name, layers in found.items() if layers}
 
 
 def _analyses(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -86,9 +93,9 @@ def _over_seeds(layer: int, readings: Sequence[_Reading | None]) -> LayerEstimat
     if not known:
         return None
     if len(known) == 1:
-        return LayerEstimate(layer, *known[0])
+        return LayerEstimate(layer, 1, *known[0])
     over = estimate([value for value, _, _ in known])
-    return LayerEstimate(layer, over.mean, over.low, over.high)
+    return LayerEstimate(layer, over.n, over.mean, over.low, over.high)
 
 
 def _reading(layer: Mapping[str, Any], way: Sequence[str]) -> _Reading | None:

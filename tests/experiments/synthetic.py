@@ -128,7 +128,11 @@ def _run(name: str, seed: int, effect: float, slope: float, generator: np.random
         run["curves"]["load"] = load.tolist()
         run["curves"]["training"] |= {"z_loss": [2.0] * LINES, "load_balancing_loss": [1.1] * LINES}
     if name == "moxe":
-        run["analysis"] = {"gamma": GAMMA, "layers": [_layer(slope, generator) for _ in range(LAYERS)]}
+        run["analysis"] = {
+            "gamma": GAMMA,
+            "expert_kind": "xlstm",
+            "layers": [_layer(slope, generator) for _ in range(LAYERS)],
+        }
     return run
 
 

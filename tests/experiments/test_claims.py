@@ -73,6 +73,14 @@ def test_a_part_of_table_2_matters_if_it_was_planted_to(name: str, verdict: str)
     assert f"{against['mean']:,.3f} [{against['low']:,.3f}, {against['high']:,.3f}] times" in claim["because"]
 
 
+def test_a_part_that_is_worse_within_the_margin_does_not_matter():
+    results = make_results(spread=1e-4)
+    shift(row_named(results, "no-group-loss"), 0.002)  # 3% of the perplexity in all; the margin is 5%
+    claim = judged(results, "no-group-loss has a higher")
+    word = row_named(results, "no-group-loss")["against_moxe"]["lambada_perplexity"]["verdict"]
+    assert (word, claim["verdict"]) == ("worse, but within the margin", "does not hold")
+
+
 def test_the_group_loss_evens_the_load_or_does_not():
     claim = judged(make_results(), EVEN)
     assert claim["verdict"] == "holds"
@@ -118,10 +126,43 @@ def test_rare_tokens_are_judged_by_every_layer():
     assert judged(unmeasured, RARE)["verdict"] == judged(unmeasured, ODDS)["verdict"] == "not measured"
 
 
+def test_rare_tokens_need_two_seeds_and_an_interval_may_pass_the_end_of_the_scale():
+    claim = judged(make_results(seeds=1), RARE)
+    assert claim["verdict"] == "not resolved"
+    assert "one seed" in claim["because"]
+    for sign, verdict in ((1, "holds"), (-1, "does not hold")):
+        results = make_results(seeds=2)
+        for run, value in zip(row_named(results, "moxe")["runs"], (0.85, 0.89), strict=True):
+            for layer in run["analysis"]["layers"]:
+                layer["share_with_rarity"]["value"] = sign * value
+        claim = judged(results, RARE)
+        assert claim["verdict"] == verdict
+        assert "1.12" in claim["because"]  # the interval's end
+
+
+def test_rare_tokens_are_told_beside_the_models_without_the_bias():
+    results = make_results()
+    for name in ("standard", "gamma-0"):
+        for run, copied in zip(row_named(results, name)["runs"], row_named(results, "moxe")["runs"], strict=True):
+            layers = [{"share_with_rarity": {"value": 0.25}, "difficulty": None} for _ in copied["analysis"]["layers"]]
+            run["analysis"] = copied["analysis"] | {"layers": layers}
+    because = judged(results, RARE)["because"]
+    for name in ("standard", "gamma-0"):
+        assert f"in {name}, it is 0.25 [0.25, 0.25] in layer 0" in because
+
+
+def test_memory_is_judged_on_a_gpu_alone():
+    results = make_results()
+    claim = judged(results, MEMORY)
+    assert claim["verdict"] == "not measured"
+    assert "on a CPU" in claim["because"]
+    results["machine"]["device"] = "cuda"
+    assert judged(results, MEMORY)["verdict"] == "holds"  # half of it
+
+
 def test_active_compute_is_judged_against_every_rival_that_was_measured():
     results = make_results()
     assert judged(results, LATENCY)["verdict"] == "does not hold"  # xLSTM is the faster one
-    assert judged(results, MEMORY)["verdict"] == "holds"  # half of it
     row_named(results, "xlstm")["speed"]["tokens_per_second"] = 1500.0  # a quarter less than MoxE
     row_named(results, "qwen-moe")["speed"] = {"tokens_per_second": 1000.0, "threads": 1}
     assert judged(results, LATENCY)["verdict"] == "does not hold"  # generation has its own measure

@@ -27,7 +27,7 @@ from moxe.experiments.claims import unevenness
 from moxe.experiments.inference import estimate
 from moxe.experiments.measures import diverged
 from moxe.experiments.theory import expected_slope, odds_slopes
-from moxe.experiments.wall_clock import members_of
+from moxe.experiments.wall_clock import has_others, members_of
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -125,10 +125,20 @@ def _svg(picture: _Picture) -> str:
     return re.sub(r"(<svg\b[^>]*>)", lambda opening: opening[0] + _FOLLOWS_THE_PAGE, drawing, count=1)
 
 
-def _curves(part: str, key: str, label: str, name: str) -> Callable[[dict[str, Any]], _Picture]:
+def _members(results: dict[str, Any], table: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a table that was run: MoxE alone is of no other table."""
+    rows = members_of(results["rows"], table)
+    if not has_others(rows):
+        raise _NoData(f"{name} was not run")
+    return rows
+
+
+def _curves(part: str, key: str, label: str, name: str, remark: str = "") -> Callable[[dict[str, Any]], _Picture]:
+    """A figure of one quantity over training; the remark ends its caption."""
+
     def draw(results: dict[str, Any]) -> _Picture:
         styles = _styles(results)
-        rows = members_of(results["rows"], "table1")
+        rows = _members(results, "table1", "Table 1")
         curves = [(row, curve) for row in rows if (curve := _mean_curve(row, part, key)) is not None]
         if not curves:
             raise _NoData(f"no run of Table 1 holds a curve of its {name}")
@@ -143,7 +153,7 @@ def _curves(part: str, key: str, label: str, name: str) -> Callable[[dict[str, A
         ends = [f"{row['label']} {_short(curve.mean[-1])} (n {curve.seeds})" for row, curve in curves]
         caption = f"{label[0].upper()}{label[1:]}, mean over n seeds with its 95% band. At the end: {', '.join(ends)}."
         alt = f"Line chart over training tokens: {name} of {', '.join(row['label'] for row, _ in curves)}."
-        return _Picture(figure, caption, alt)
+        return _Picture(figure, f"{caption} {remark}".rstrip(), alt)
 
     return draw
 
@@ -180,7 +190,7 @@ def _mean_curve(row: dict[str, Any], part: str, key: str) -> _Curve | None:
 
 
 def _draw_last_words(results: dict[str, Any]) -> _Picture:
-    rows = [row for row in members_of(results["rows"], "table1") if row["summary"]["lambada_perplexity"]["n"]]
+    rows = [row for row in _members(results, "table1", "Table 1") if row["summary"]["lambada_perplexity"]["n"]]
     if not rows:
         raise _NoData("no run of Table 1 was measured on LAMBADA")
     styles = _styles(results)
@@ -484,7 +494,14 @@ _FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], _Picture]]] = {
     ),
     "fig3d": (
         "Load-balancing loss (Figure 3d)",
-        _curves("training", "load_balancing_loss", "load-balancing loss (1: uniform)", "load-balancing loss"),
+        _curves(
+            "training",
+            "load_balancing_loss",
+            "load-balancing loss (1: uniform)",
+            "load-balancing loss",
+            "MoxE's is a mean over layers. Qwen's is that of transformers over all layers pooled, where imbalances of "
+            "different layers cancel: its values do not compare with MoxE's.",
+        ),
     ),
     "fig4": ("LAMBADA perplexity (Figure 4)", _draw_last_words),
     "fig8": ("Utilisation of the experts with and without the group loss (Figure 8)", _draw_utilisation),

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from moxe.experiments.figures import Drawing, Undrawn, draw_figures
 from moxe.experiments.results_file import write_results
-from moxe.experiments.summary_tables import Section, build_sections
+from moxe.experiments.summary_tables import Section, Table, build_sections, claims_table, markdown_text
 from moxe.files import write_whole
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -19,6 +19,7 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """Write results.json, table1.md, table2.md (with all further sections), figures/ and report.html.
 
+    A table that was not run has no file. The claims stand at the top of table1.md, else of table2.md.
     report.html is one file that asks for nothing else: it opens without a network, in the light or the dark.
 
     Args:
@@ -30,15 +31,25 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """
     sections = build_sections(results)
     drawings, undrawn = draw_figures(results)
-    page = _page(results, sections, drawings, undrawn)
+    claims = claims_table(results)
+    facts = _facts(results)
+    page = _page(results, facts, claims, sections, drawings, undrawn)
+    of_table1 = [section for section in sections if section.name == "table1"]
+    of_table2 = [section for section in sections if section.name != "table1"]
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in undrawn:
         for ending in ("png", "svg"):
             (figures / f"{figure.name}.{ending}").unlink(missing_ok=True)
+    (out / "table1.md").unlink(missing_ok=True)
+    (out / "table2.md").unlink(missing_ok=True)
     contents: dict[Path, str | bytes] = {
-        out / "table1.md": "\n".join(section.to_markdown() for section in sections if section.name == "table1"),
-        out / "table2.md": "\n".join(section.to_markdown() for section in sections if section.name != "table1"),
+        **({out / "table1.md": _markdown("Table 1", facts, claims, of_table1)} if of_table1 else {}),
+        **(
+            {out / "table2.md": _markdown("Table 2 and beyond", facts, None if of_table1 else claims, of_table2)}
+            if of_table2
+            else {}
+        ),
         **{figures / f"{drawing.name}.png": drawing.png for drawing in drawings},
         **{figures / f"{drawing.name}.svg": drawing.svg for drawing in drawings},
         out / "report.html": page,
@@ -49,11 +60,26 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     return [out / "results.json", *contents]
 
 
-def _page(results: dict[str, Any], sections: list[Section], drawings: list[Drawing], undrawn: list[Undrawn]) -> str:
+def _markdown(title: str, facts: list[tuple[str, str]], claims: Table | None, sections: list[Section]) -> str:
+    head = "\n".join(f"- {name}: {markdown_text(value)}" for name, value in facts)
+    parts = [f"# {title}: the paper's experiments, measured\n\n{head}\n"]
+    if claims is not None:
+        parts.append(claims.to_markdown() + "\n")
+    return "\n".join([*parts, *(section.to_markdown() for section in sections)])
+
+
+def _page(
+    results: dict[str, Any],
+    facts: list[tuple[str, str]],
+    claims: Table,
+    sections: list[Section],
+    drawings: list[Drawing],
+    undrawn: list[Undrawn],
+) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=_facts(results),
-        claims=results["claims"],
+        facts=facts,
+        claims=claims,
         sections=sections,
         drawings=drawings,
         undrawn=undrawn,
@@ -87,15 +113,21 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _methods(margins: dict[str, float]) -> list[str]:
     return [
-        "The unit of replication is the seed: it fixes the initial weights and the order of the data for every row "
-        "alike, so rows are compared in pairs of one seed. Intervals are Student's, of 95%; one seed has none.",
+        "The unit of replication is the seed: it fixes the order of the data and its windows for every row alike, so "
+        "rows are compared in pairs of one seed. Initial weights are the same only for rows with the same parameters "
+        "in the same order. Intervals are Student's, of 95%; one seed has none. They cover the seed alone, not the "
+        "choice of the held-out text, on which the learning rates were chosen too.",
+        "Only the models of Table 1 had their learning rates tuned, each with the same budget. All rows of Table 2 and "
+        "below that are changes of MoxE take the learning rate tuned for full MoxE, which favours MoxE.",
         "A row is better or worse than full MoxE if the paired t-test, corrected after Holm over the rows of its "
         "section, has a p below 5%; equivalent if two one-sided tests show at 5% that the difference is within the "
         f"margin: {margins['validation_loss']:g} nats a token, {margins['bits_per_byte']:g} bits a byte, "
         f"{margins['lambada_perplexity']:.0%} of the perplexity of a last word, "
         f"{margins['lambada_token_perplexity']:.0%} of that of a last token, {margins['lambada_accuracy']:g} of the "
         f"accuracy, {margins['tokens_per_second']:.0%} of the speed. "
-        "Otherwise no difference was found, which is not to say that there is none: see what was detectable.",
+        "Otherwise no difference was found, which is not to say that there is none: see what was detectable. That is "
+        "computed for one test at 5%, while a verdict takes Holm's p, so that a verdict needs a larger difference; the "
+        "p values of equivalence are not adjusted for their number.",
         "Perplexities and speeds are averaged and compared as logarithms. Runs that diverged, failed or are missing "
         "enter no mean; they are listed, and a row without its diverged runs looks better than it is.",
     ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moxe import __version__
-from moxe.experiments.grid import FORMAT, VERSIONS, Grid, Run
+from moxe.experiments.grid import VERSIONS, Grid, Run
+from moxe.experiments.results_file import FORMAT
 from moxe.experiments.tables import REFERENCE, Row, rows_of
 from moxe.models.accounting import count_parameters, flops_per_token
 from moxe.observability.metrics import read_metrics

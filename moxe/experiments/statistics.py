@@ -1,6 +1,7 @@
 """Summaries over seeds, and every row against full MoxE.
 
-A seed fixes the initial weights and the order of the data for every row alike, so rows are paired by seed.
+A seed fixes the order of the data and its windows for every row alike, so rows are paired by seed. The initial weights
+are the same only for rows with the same parameters in the same order.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moxe.experiments.measures import MEASURES, Measure, diverged, peak_memory
+from moxe.experiments.measures import MEASURES, Measure, diverged, peak_memory, trained_on_gpu
 from moxe.experiments.theory import LayerEstimate, expected_slope, routing_quantities
-from moxe.experiments.wall_clock import members_of
+from moxe.experiments.wall_clock import has_others, members_of
 
 _NOTHING = "-"
 _MEASURES = {measure.key: measure for measure in MEASURES}
+_GUESSING = {"uniform": "all tokens alike", "unigram": "tokens by their frequency"}
 _TITLES = {
     "table1": "Table 1: the four models",
     "table2": "Table 2: MoxE with one part removed",
@@ -55,27 +56,31 @@ class Section:
     def to_markdown(self) -> str:
         parts = [f"## {self.title}", *(table.to_markdown() for table in self.tables)]
         if self.unfinished:
-            bullets = [f"- {_markdown_text(sentence)}" for sentence in self.unfinished]
+            bullets = [f"- {markdown_text(sentence)}" for sentence in self.unfinished]
             parts.append("\n".join(["### Runs without a number", "", *bullets]))
         return "\n\n".join(parts) + "\n"
 
 
 def build_sections(results: dict[str, Any]) -> list[Section]:
-    """The sections in the order of their first rows, Table 1 and Table 2 in front.
+    """The sections in the order of their first rows, Table 1 and Table 2 in front, without those of MoxE alone.
 
     Args:
         results: with the statistics of `moxe.experiments.statistics.add_statistics`.
     """
     names = dict.fromkeys(row["section"] for row in results["rows"])
     front = [name for name in ("table1", "table2") if name in names]
-    sections = [_section(results, name) for name in dict.fromkeys([*front, *names])]
+    members = {name: members_of(results["rows"], name) for name in dict.fromkeys([*front, *names])}
+    sections = [_section(results, name, rows) for name, rows in members.items() if has_others(rows)]
     routing = _routing_table(results["rows"])
     return [*sections, Section("routing", "What the routers do", [routing])] if routing.rows else sections
 
 
-def _section(results: dict[str, Any], name: str) -> Section:
-    rows = members_of(results["rows"], name)
-    tables = [_loss_table(results, rows), _cost_table(results, name, rows), _settings_table(rows)]
+def _section(results: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> Section:
+    tables = [
+        _loss_table(results, rows, results["guessing"] if name == "table1" else {}),
+        _cost_table(results, name, rows),
+        _settings_table(rows),
+    ]
     if any(row["summary"][key]["n"] for row in rows for key in _MEASURES if key.startswith("lambada")):
         tables.insert(1, _last_word_table(results, rows))
     if any(row["tuning"] for row in rows):
@@ -84,7 +89,15 @@ def _section(results: dict[str, Any], name: str) -> Section:
     return Section(name, _TITLES.get(name, name), tables, unfinished)
 
 
-def _loss_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+def claims_table(results: dict[str, Any]) -> Table:
+    """The paper's claims with their verdicts; without a row if no row is full MoxE."""
+    judged = [[claim["claim"], claim["verdict"], claim["because"]] for claim in results["claims"]]
+    note = "" if judged else "No row is full MoxE, so no claim can be judged."
+    return Table("The paper's claims", ["claim", "verdict", "because"], judged, note)
+
+
+def _loss_table(results: dict[str, Any], rows: Sequence[dict[str, Any]], guessing: dict[str, Any]) -> Table:
+    """Below the models what guessing costs: `guessing` by its kind."""
     measure = _MEASURES["validation_loss"]
     margin = results["margins"]["validation_loss"]
     columns = [
@@ -111,9 +124,13 @@ def _loss_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Tabl
                 _mean(row, "bits_per_byte"),
             ]
         )
+    for kind, known in guessing.items():
+        nats, bits = _number(known["nats_per_token"], measure.digits), _number(known["bits_per_byte"], 4)
+        table.append([f"{_GUESSING.get(kind, kind)} (no model)", _NOTHING, nats, *[_NOTHING] * 5, bits])
     note = (
         "Mean over seeds ± half its 95% t-interval; differences are paired by seed. Holm's p is over the rows of a "
-        "section; detectable is the true difference found with 80% power at this number of seeds and this spread."
+        "section; the p of equivalence is not adjusted. Detectable is the true difference that one test at 5%, without "
+        "Holm's correction, finds with 80% power at this number of seeds and this spread: a verdict needs a larger one."
     )
     return Table("Validation loss", columns, table, note)
 
@@ -161,7 +178,10 @@ def _last_word_table(results: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
                 _verdict(against.get(accuracy.key)),
             ]
         )
-    note = "Perplexities: geometric mean over seeds with its 95% interval, compared by ratios."
+    note = (
+        "Perplexities: geometric mean over seeds with its 95% interval, compared by ratios. Holm's p, equivalence "
+        "and what is detectable: as for the validation loss."
+    )
     return Table("Last words (LAMBADA)", columns, table, note)
 
 
@@ -173,9 +193,11 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
     labels = {row["name"]: row["label"] for row in results["rows"]}
     common = results["equal_time"][section]
     finished = {point["name"]: point for point in common["finished"]}
+    reference = next((row for row in rows if row["is_reference"]), None)
     columns = [
         "model",
         "parameters",
+        "of MoxE's",
         "the paper's",
         "active",
         "active FLOPs a token",
@@ -196,6 +218,7 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
             [
                 row["label"],
                 f"{row['parameters']:,}",
+                _NOTHING if reference is None else f"{row['parameters'] / reference['parameters']:.1%}",
                 _NOTHING if paper is None else f"{paper / 1e6:g}M",
                 f"{row['active_parameters']:,}",
                 f"{row['flops_per_token']:,}",
@@ -208,18 +231,24 @@ def _cost_table(results: dict[str, Any], section: str, rows: Sequence[dict[str, 
                 ("yes" if point["on_front"] else "no") if point else _NOTHING,
             ]
         )
+    memory = (
+        "allocated on the GPU" if trained_on_gpu(results) else "of the whole process, libraries included (some 500 MB)"
+    )
     note = (
-        "Losses at a common time are read off a row's own curve, where its learning rate is not annealed: that "
-        "flatters the rows that had finished, the fast ones. A row is on the front if none is both as fast and as good."
+        "Active FLOPs are those of a forward pass, with attention at its mean context within a row. Peak memory is "
+        f"{memory}. Seconds a run follow from the speed alone if every row that finished was timed so, else from the "
+        "runs. Losses at a common time are read off a row's own curve, where its learning rate is not annealed, and "
+        "linearly between validations, which lies above a convex curve (here by up to about 0.02 nats): both flatter "
+        "the rows that had finished, the fast ones. A row is on the front if none is both as fast and as good."
     )
     return Table("Size, cost and loss at equal time", columns, table, note)
 
 
 def _settings_table(rows: Sequence[dict[str, Any]]) -> Table:
     def settings(row: dict[str, Any]) -> str:
-        return ", ".join(f"{key}={value}" for key, value in sorted(row["settings"].items())) or "the defaults"
+        return ", ".join(f"{key}={value}" for key, value in sorted(row["settings"].items())) or "as the scale says"
 
-    table = [[row["label"], settings(row), f"{row['learning_rate']:g}", row["note"]] for row in rows]
+    table = [[row["label"], settings(row), _learning_rate(row), row["note"]] for row in rows]
     return Table("Settings", ["model", "settings", "learning rate", "note"], table)
 
 
@@ -227,8 +256,22 @@ def _tuning_table(rows: Sequence[dict[str, Any]]) -> Table:
     def tried(row: dict[str, Any]) -> str:
         return "; ".join(f"{one['learning_rate']:g}: {_number(one['validation_loss'], 4)}" for one in row["tuning"])
 
-    tuned = [[row["label"], f"{row['learning_rate']:g}", tried(row)] for row in rows if row["tuning"]]
-    return Table("Learning rates tried", ["model", "chosen", "tried, with the validation loss"], tuned)
+    tuned = [[row["label"], _learning_rate(row), tried(row), _edge(row)] for row in rows if row["tuning"]]
+    columns = ["model", "chosen", "tried, with the validation loss", "place of the best"]
+    note = "Where the best is at the edge of what was tried, a rate beyond it might be better still."
+    return Table("Learning rates tried", columns, tuned, note)
+
+
+def _learning_rate(row: dict[str, Any]) -> str:
+    """None while the model is still being tuned."""
+    return _NOTHING if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+
+
+def _edge(row: dict[str, Any]) -> str:
+    rates = [one["learning_rate"] for one in row["tuning"]]
+    if row["learning_rate"] is None:
+        return _NOTHING
+    return "best at the edge of what was tried" if row["learning_rate"] in (min(rates), max(rates)) else "within"
 
 
 def _routing_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -245,7 +288,8 @@ def _routing_table(rows: Sequence[dict[str, Any]]) -> Table:
             table.append([f"{row['label']}, layer {layer}", two_gamma, *(map(_layer_cell, cells))])
     note = (
         "Means over seeds with their 95% intervals; with one seed the interval of its own text. d is the difficulty; "
-        '"with" is a rank correlation.'
+        '"with" is a rank correlation. Group M is the first half of the experts: the mLSTM experts if the model has '
+        "experts of both kinds."
     )
     return Table("Difficulty, odds and rarity by layer", ["model and layer", "2 gamma", *names], table, note)
 
@@ -340,10 +384,10 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_markdown_text, cells)) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Inert: no markup of HTML, no link, no further cell, no further line."""
     escaped = html.escape(text, quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("](", "]\\(")
     return " ".join(escaped.split())

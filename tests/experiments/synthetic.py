@@ -34,7 +34,7 @@ PAPER = {
     "feed-forward": (None, 1412846.01, 2066),
     "noisy": (None, 85963.85, 31.8),
 }
-SPEEDS = {"moxe": 2000.0, "xlstm": 3500.0, "gemma2": 1000.0}
+SPEEDS = {"moxe": 2000.0, "xlstm": 3500.0, "gemma2": 1000.0, "qwen-moe": 1500.0}
 
 
 def make_results(*, seeds: int = 5, spread: float = 0.002, slope: float = 4.0) -> dict[str, Any]:

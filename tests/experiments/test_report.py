@@ -57,7 +57,7 @@ def report_of(results: dict[str, Any], folder: Path) -> tuple[dict[str, Any], st
     """results.json as read back, the Markdown of both tables, the page."""
     add_statistics(results, Margins())
     write_report(results, folder)
-    markdown = "".join((folder / name).read_text(encoding="utf-8") for name in ("table1.md", "table2.md"))
+    markdown = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("table?.md")))
     return read_results(folder / "results.json"), markdown, Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
@@ -101,15 +101,17 @@ def test_the_page_and_the_markdown_hold_the_same_tables(written: tuple[dict[str,
     _, markdown, page, _ = written
     of_markdown = [[[unescaped(cell) for cell in row] for row in table] for table in markdown_tables(markdown)]
     assert len(of_markdown) > 10
-    assert page.tables[1:] == of_markdown  # the first is that of the claims
+    assert page.tables == of_markdown
 
 
 def test_every_number_is_the_one_in_results_json(written: tuple[dict[str, Any], str, Page, Path]):
     results, markdown, _, _ = written
     rows = {row["label"]: row for row in results["rows"]}
     checked = 0
-    for head, *body in markdown_tables(markdown):
+    for head, *body in markdown_tables(markdown)[1:]:  # the first is that of the claims
         for cells in body:
+            if cells[0].endswith("(no model)"):
+                continue
             row = rows[unescaped(cells[0]).split(", layer")[0]]
             for column, cell, expected, unit in expectations(row, head, cells):
                 assert numbers(cell) == pytest.approx(expected, abs=0.5000001 * unit), f"{row['name']}, {column}"
@@ -151,13 +153,14 @@ def expectations(row: dict[str, Any], head: list[str], cells: list[str]) -> list
         peaks = [run["peak_memory_bytes"] for run in row["runs"] if run["status"] == "done"]
         expected = [
             (1, [row["parameters"]], 1),
-            (2, [] if paper is None else [paper / 1e6], 1),
-            (3, [row["active_parameters"]], 1),
-            (4, [row["flops_per_token"]], 1),
-            (5, [row["speed"]["tokens_per_second"]] if row["speed"] else [], 1),
-            (6, [1000 * row["speed"]["seconds_a_generated_token"]] if row["speed"] else [], 0.01),
-            (7, [speed["mean"], speed["low"], speed["high"]], 1),
-            (8, [sum(peaks) / len(peaks) / 1e6], 1),
+            (2, [100.0], 0.1),  # all have as many
+            (3, [] if paper is None else [paper / 1e6], 1),
+            (4, [row["active_parameters"]], 1),
+            (5, [row["flops_per_token"]], 1),
+            (6, [row["speed"]["tokens_per_second"]] if row["speed"] else [], 1),
+            (7, [1000 * row["speed"]["seconds_a_generated_token"]] if row["speed"] else [], 0.01),
+            (8, [speed["mean"], speed["low"], speed["high"]], 1),
+            (9, [sum(peaks) / len(peaks) / 1e6], 1),
         ]
         return named(head, cells, expected)
     if head[1] == "2 gamma":
@@ -200,11 +203,14 @@ def test_losses_at_equal_time_are_those_in_results_json(written: tuple[dict[str,
     rows = {row["label"]: row for row in results["rows"]}
     common = results["equal_time"]["table1"]["at"]
     assert len(common) == 2
+    first = next(place for place, column in enumerate(head) if column.startswith("loss when"))
     for cells in body:
         for place, at in enumerate(common):
             found = at["losses"][rows[cells[0]]["name"]]
-            assert numbers(cells[9 + place]) == pytest.approx([found["mean"], found["high"] - found["mean"]], abs=6e-5)
-            assert f"({at['seconds']:,.0f} s)" in head[9 + place]
+            assert numbers(cells[first + place]) == pytest.approx(
+                [found["mean"], found["high"] - found["mean"]], abs=6e-5
+            )
+            assert f"({at['seconds']:,.0f} s)" in head[first + place]
 
 
 def test_verdicts_claims_and_figures_of_results_json_are_on_the_page(written: tuple[dict[str, Any], str, Page, Path]):
@@ -276,8 +282,8 @@ def test_one_seed_is_reported_without_intervals(tmp_path: Path):
     _, markdown, page = report_of(make_results(seeds=1), tmp_path)
     for text in (markdown, page.text):
         assert "not tested: one seed has no spread to test against" in text
-    loss_table = markdown_tables(markdown)[0]
-    assert [len(numbers(cells[2])) for cells in loss_table[1:]] == [1, 1, 1, 1]
+    loss_table = table_titled(markdown, "Validation loss")
+    assert [len(numbers(cells[2])) for cells in loss_table[1:5]] == [1, 1, 1, 1]
     assert len(list((tmp_path / "figures").glob("*.png"))) == 10
 
 
@@ -294,3 +300,103 @@ def test_a_grid_that_has_hardly_begun_is_reported_and_old_figures_go(tmp_path: P
     assert "no run of Table 1 was measured on LAMBADA" in page.text
     assert "MoxE, seed 0: missing" in markdown
     assert "holds" not in [cells[1] for cells in page.tables[0]]
+
+
+def table_titled(markdown: str, title: str) -> list[list[str]]:
+    """The first table below a heading."""
+    return markdown_tables(markdown.split(f"### {title}\n", 1)[1])[0]
+
+
+def test_a_model_that_is_still_being_tuned_has_no_learning_rate(tmp_path: Path):
+    results = make_results(seeds=1)
+    row = row_named(results, "gemma2")
+    row["learning_rate"], row["runs"] = None, []
+    _, markdown, _ = report_of(results, tmp_path)
+    settings = {cells[0]: cells for cells in table_titled(markdown, "Settings")}
+    tuning = {cells[0]: cells for cells in table_titled(markdown, "Learning rates tried")}
+    assert settings["Gemma 2"][2] == tuning["Gemma 2"][1] == tuning["Gemma 2"][3] == "-"
+    assert settings["MoxE"][1:3] == ["as the scale says", "0.003"]
+
+
+def test_a_best_learning_rate_at_the_edge_of_what_was_tried_is_said(tmp_path: Path):
+    results = make_results(seeds=1)
+    for name, chosen in (("moxe", 0.003), ("xlstm", 0.001), ("gemma2", 0.01)):
+        row = row_named(results, name)
+        row["tuning"] = [{"learning_rate": rate, "validation_loss": 4.0} for rate in (0.001, 0.003, 0.01)]
+        row["learning_rate"] = chosen
+    _, markdown, _ = report_of(results, tmp_path)
+    places = {cells[0]: cells[3] for cells in table_titled(markdown, "Learning rates tried")}
+    edge = "best at the edge of what was tried"
+    assert [places[label] for label in ("MoxE", "xLSTM", "Gemma 2")] == ["within", edge, edge]
+
+
+def test_parameters_are_told_as_a_part_of_those_of_moxe(tmp_path: Path):
+    results = make_results(seeds=1)
+    row_named(results, "xlstm")["parameters"] = round(1.035 * row_named(results, "moxe")["parameters"])
+    _, markdown, _ = report_of(results, tmp_path)
+    parts = {cells[0]: cells[2] for cells in table_titled(markdown, "Size, cost and loss at equal time")}
+    assert (parts["MoxE"], parts["xLSTM"]) == ("100.0%", "103.5%")
+
+
+@pytest.mark.parametrize(("device", "words"), [("cpu", "of the whole process"), ("cuda", "allocated on the GPU")])
+def test_peak_memory_says_whose_it_is(device: str, words: str, tmp_path: Path):
+    results = make_results(seeds=1)
+    results["machine"]["device"] = device
+    _, markdown, _ = report_of(results, tmp_path)
+    assert f"Peak memory is {words}" in markdown
+
+
+def test_routers_without_difficulty_have_no_2_gamma_and_without_mlstm_experts_no_share_of_them(tmp_path: Path):
+    results = make_results(seeds=2)
+    for run in row_named(results, "standard")["runs"]:
+        layer = {"difficulty": None, "mlstm_share": 0.5, "share_with_rarity": {"value": 0.2}}
+        run["analysis"] = {"gamma": GAMMA, "expert_kind": "mlstm", "layers": [layer]}
+    _, markdown, _ = report_of(results, tmp_path)
+    head, *body = table_titled(markdown, "Difficulty, odds and rarity by layer")
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    of_standard, of_moxe = cells["standard, layer 0"], cells["MoxE, layer 0"]
+    assert (of_standard["2 gamma"], of_moxe["2 gamma"]) == ("-", f"{2 * GAMMA:g}")
+    assert numbers(of_standard["share of group M"])[0] == 0.5
+    column = "share of mLSTM experts with the rarity"
+    assert of_standard[column] == "-"
+    assert numbers(of_moxe[column])[0] == pytest.approx(0.3, abs=0.03)
+
+
+def test_guessing_stands_below_the_models_of_table_1_alone(written: tuple[dict[str, Any], str, Page, Path]):
+    _, _, _, folder = written
+    (uniform, unigram) = table_titled((folder / "table1.md").read_text(encoding="utf-8"), "Validation loss")[-2:]
+    assert (uniform[0], uniform[2], uniform[-1]) == ("all tokens alike (no model)", "8.3178", "3.1000")
+    assert (unigram[0], unigram[2], unigram[-1]) == ("tokens by their frequency (no model)", "6.9000", "2.6000")
+    assert "(no model)" not in (folder / "table2.md").read_text(encoding="utf-8")
+
+
+def test_each_markdown_file_says_what_was_run_and_the_first_begins_with_the_claims(
+    written: tuple[dict[str, Any], str, Page, Path],
+):
+    results, _, _, folder = written
+    first, second = ((folder / name).read_text(encoding="utf-8") for name in ("table1.md", "table2.md"))
+    for text in (first, second):
+        head = text.split("\n##", 1)[0]
+        for fact in ("scale: small", "moxe experiments --scale small", "text.txt", "cpu a CPU"):
+            assert fact in head
+    assert first.index("### The paper's claims") < first.index("## Table 1")
+    assert len(table_titled(first, "The paper's claims")) == 1 + len(results["claims"])
+    assert "The paper's claims" not in second
+
+
+@pytest.mark.parametrize(("run", "other"), [("table1", "table2"), ("table2", "table1")])
+def test_a_table_that_was_not_run_has_neither_section_nor_file_nor_figures(run: str, other: str, tmp_path: Path):
+    results = make_results(seeds=1)
+    results["rows"] = [row for row in results["rows"] if run in row["tables"]]
+    for each in row_named(results, "moxe")["runs"]:
+        each["analysis"] = None
+    for name in ("table1.md", "table2.md"):
+        (tmp_path / name).write_text("of an earlier report")
+    _, markdown, page = report_of(results, tmp_path)
+    assert (tmp_path / f"{run}.md").exists()
+    assert not (tmp_path / f"{other}.md").exists()
+    assert markdown.count("### Validation loss") == 1
+    assert "### The paper's claims" in markdown
+    assert (tmp_path / "figures" / "fig3a.png").exists() == (run == "table1")
+    assert (tmp_path / "figures" / "forest.png").exists() == (run == "table2")
+    assert ("Table 1 was not run" in page.text) == (run == "table2")

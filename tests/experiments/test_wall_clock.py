@@ -7,7 +7,7 @@ import math
 import pytest
 
 from moxe.experiments.wall_clock import equal_times
-from tests.experiments.synthetic import TOKENS, diverge, make_results, row_named
+from tests.experiments.synthetic import TOKENS, diverge, fail, make_results, row_named
 
 
 def test_losses_are_read_linearly_off_the_curve_at_the_end_of_the_fastest_and_of_moxe():
@@ -35,12 +35,22 @@ def test_a_curve_that_had_not_begun_is_not_extrapolated():
     assert "moxe" in at_fastest["losses"]
 
 
-def test_without_a_speed_of_its_own_the_runs_speed_counts():
+def test_where_one_row_was_not_timed_alone_the_runs_speeds_count_for_all():
     results = make_results(seeds=2)
+    row_named(results, "qwen-moe")["speed"] = None
     finished = {point["name"]: point for point in equal_times(results)["table1"]["finished"]}
-    runs = row_named(results, "qwen-moe")["runs"]
-    expected = sum(TOKENS / run["tokens_per_second"] for run in runs) / 2
-    assert finished["qwen-moe"]["seconds"] == pytest.approx(expected)
+    for name in ("qwen-moe", "xlstm"):
+        runs = row_named(results, name)["runs"]
+        expected = sum(TOKENS / run["tokens_per_second"] for run in runs) / 2
+        assert finished[name]["seconds"] == pytest.approx(expected)
+
+
+def test_a_row_that_did_not_finish_needs_no_speed():
+    results = make_results(seeds=1)
+    row_named(results, "qwen-moe")["speed"] = None
+    fail(row_named(results, "qwen-moe"), 0, "no memory")
+    finished = {point["name"]: point for point in equal_times(results)["table1"]["finished"]}
+    assert finished["xlstm"]["seconds"] == pytest.approx(TOKENS / 3500)
 
 
 def test_the_front_holds_what_no_other_beats_in_time_and_loss():

@@ -116,8 +116,10 @@ class LayerAnalysis:
         bands: from the most frequent tokens to the rarest.
         share_with_rarity: Spearman's rank correlation of a token's share of group M with its rarity.
         share_slope: of that share on the rarity, a nat.
-        rare_to_m: the paper's claim that rare tokens go to mLSTM experts: "yes" or "reverse" if the interval of
-            `share_with_rarity` lies on one side of 0, else "not seen"; None unless group M alone holds mLSTM experts.
+        rare_to_m: the paper's claim that rare tokens go to mLSTM experts, in this model: "yes" or "reverse" if the
+            interval of `share_with_rarity` lies on one side of 0, else "not seen"; None unless group M alone holds
+            mLSTM experts. The interval is about other text for this model, not about other models: which group the
+            frequent words went to in its training may be chance.
     """
 
     load: list[float]
@@ -216,7 +218,8 @@ class _Text:
     """What all layers have in common: [N] of each token, and the two ways to resample them.
 
     `blocks` draws passages of the text; `types` draws token types with all their occurrences. What is said about rarity
-    is said about token types, of which the most frequent few make up most of a text: it has to hold for both.
+    is said about token types, of which the most frequent few make up most of a text: it has to hold for both. Neither
+    resamples the training: where the words of a model go may have come out so by chance.
     """
 
     losses: Floats

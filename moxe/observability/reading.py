@@ -192,9 +192,9 @@ def _read_rarity(layer: LayerAnalysis, expert_kind: str) -> str:
         f"{layer.bands[-1].mlstm_share.value:.0%} of the rarest tokens' assignments"
     )
     verdict = {
-        "yes": "rare tokens do go to mLSTM experts more often",
-        "reverse": "rare tokens go to mLSTM experts less often, the reverse of the claim",
-        "not seen": "that rare tokens go to mLSTM experts is not seen",
+        "yes": "in this model rare tokens go to mLSTM experts more often",
+        "reverse": "in this model rare tokens go to mLSTM experts less often, the reverse of the claim",
+        "not seen": "that rare tokens go to mLSTM experts is not seen in this model",
     }[layer.rare_to_m]
     return f"{verdict} (they get {ends})"
 

@@ -10,10 +10,14 @@ from jinja2 import Environment, StrictUndefined
 
 from moxe.experiments.figures import Drawing, Undrawn, draw_figures
 from moxe.experiments.results_file import write_results
-from moxe.experiments.summary_tables import Section, Table, build_sections, claims_table, markdown_text
+from moxe.experiments.summary_tables import Section, build_sections, claims_table, markdown_text
 from moxe.files import write_whole
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_TEXTS = {
+    "table1.md": "The paper's experiments, measured: Table 1",
+    "table2.md": "The paper's experiments, measured: Table 2 and beyond",
+}
 
 
 def write_report(results: dict[str, Any], out: Path) -> list[Path]:
@@ -31,25 +35,17 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     """
     sections = build_sections(results)
     drawings, undrawn = draw_figures(results)
-    claims = claims_table(results)
-    facts = _facts(results)
-    page = _page(results, facts, claims, sections, drawings, undrawn)
-    of_table1 = [section for section in sections if section.name == "table1"]
-    of_table2 = [section for section in sections if section.name != "table1"]
+    page = _page(results, sections, drawings, undrawn)
+    texts = _markdown_files(results, sections)
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for figure in undrawn:
         for ending in ("png", "svg"):
             (figures / f"{figure.name}.{ending}").unlink(missing_ok=True)
-    (out / "table1.md").unlink(missing_ok=True)
-    (out / "table2.md").unlink(missing_ok=True)
+    for name in _TEXTS.keys() - texts.keys():
+        (out / name).unlink(missing_ok=True)
     contents: dict[Path, str | bytes] = {
-        **({out / "table1.md": _markdown("Table 1", facts, claims, of_table1)} if of_table1 else {}),
-        **(
-            {out / "table2.md": _markdown("Table 2 and beyond", facts, None if of_table1 else claims, of_table2)}
-            if of_table2
-            else {}
-        ),
+        **{out / name: text for name, text in texts.items()},
         **{figures / f"{drawing.name}.png": drawing.png for drawing in drawings},
         **{figures / f"{drawing.name}.svg": drawing.svg for drawing in drawings},
         out / "report.html": page,
@@ -60,26 +56,23 @@ def write_report(results: dict[str, Any], out: Path) -> list[Path]:
     return [out / "results.json", *contents]
 
 
-def _markdown(title: str, facts: list[tuple[str, str]], claims: Table | None, sections: list[Section]) -> str:
-    head = "\n".join(f"- {name}: {markdown_text(value)}" for name, value in facts)
-    parts = [f"# {title}: the paper's experiments, measured\n\n{head}\n"]
-    if claims is not None:
-        parts.append(claims.to_markdown() + "\n")
-    return "\n".join([*parts, *(section.to_markdown() for section in sections)])
+def _markdown_files(results: dict[str, Any], sections: list[Section]) -> dict[str, str]:
+    """By name the text of each file that has a section; the first has the claims too."""
+    head = "\n".join(f"- {name}: {markdown_text(value)}" for name, value in _facts(results))
+    texts: dict[str, str] = {}
+    for name, title in _TEXTS.items():
+        of_file = [section for section in sections if (section.name == "table1") == (name == "table1.md")]
+        if of_file:
+            claims = [] if texts else [claims_table(results).to_markdown() + "\n"]
+            texts[name] = "\n".join([f"# {title}\n\n{head}\n", *claims, *(one.to_markdown() for one in of_file)])
+    return texts
 
 
-def _page(
-    results: dict[str, Any],
-    facts: list[tuple[str, str]],
-    claims: Table,
-    sections: list[Section],
-    drawings: list[Drawing],
-    undrawn: list[Undrawn],
-) -> str:
+def _page(results: dict[str, Any], sections: list[Section], drawings: list[Drawing], undrawn: list[Undrawn]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=facts,
-        claims=claims,
+        facts=_facts(results),
+        claims=claims_table(results),
         sections=sections,
         drawings=drawings,
         undrawn=undrawn,

@@ -137,10 +137,16 @@ def make_recipe(sections: Mapping[str, Mapping[str, Any]], overrides: Overrides 
         settings["name"] = name
     training = TrainingConfig(**settings)
     defaults = architecture.setting_defaults()
-    model = {"architecture": architecture.name}
+    model: dict[str, Any] = {"architecture": architecture.name}
     model.update((key, value) for key, value in defaults.items() if key not in _FROM_TOKENIZER)
     model.update(typed.get("model", {}))
     recipe = Recipe(model=model, data=DataConfig(**typed.get("data", {})), training=training)
+    positions, length = model.get("max_position_embeddings"), recipe.data.sequence_length
+    if positions is not None and positions < length:
+        raise UserError(
+            f"model.max_position_embeddings={positions} is less than data.sequence_length={length}: a model of "
+            f"{architecture.label} reads no more tokens than it has positions"
+        )
     if "vocab_size" in model or recipe.data.tokenizer == "train":
         recipe.model_config()
     else:

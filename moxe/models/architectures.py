@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from moxe.errors import UserError, shown
 from moxe.models.baselines import Gemma2ForCausalLM, LlamaForCausalLM, Qwen2MoeForCausalLM
-from moxe.models.configuration_moxe import MoxEConfig, RecurrentConfig
+from moxe.models.configuration_moxe import LARGEST_NUM_LAYERS, MoxEConfig, RecurrentConfig
 from moxe.models.configuration_xlstm import XLSTMConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.models.modeling_xlstm import XLSTMForCausalLM
@@ -65,6 +65,8 @@ class Architecture:
         Raises:
             ValueError: for a value that the model cannot have, naming it.
         """
+        if not self.is_ours:
+            _check_num_layers(settings.get("num_hidden_layers"))
         try:
             config = self.config_class(**settings)
         except ValueError:
@@ -72,7 +74,7 @@ class Architecture:
         except Exception as error:  # those of transformers have no base but Exception; the last line is the sentence
             raise ValueError(str(error).strip().splitlines()[-1].strip().rpartition("Error: ")[2]) from None
         if not self.is_ours:
-            _check_sizes(config, self.setting_types())
+            _check_settings(config, self.setting_types())
         return config
 
 
@@ -96,6 +98,9 @@ DEFAULT = "moxe"
 # Far beyond any model, so that no product of two sizes overflows where memory is asked for.
 _LARGEST_SIZE = 2**24
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
+_POSITIVE = ("rms_norm_eps", "final_logit_softcapping", "attn_logit_softcapping")
+_NOT_NEGATIVE = ("initializer_range", "router_aux_loss_coef", "attention_dropout")
+_OFF_WHEN_NULL = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
 def architecture_named(name: Any) -> Architecture:
@@ -143,21 +148,53 @@ def _is_plain(hint: Any) -> bool:
     return hint in (int, float, str, bool, types.NoneType)
 
 
-def _check_sizes(config: Any, setting_types: Mapping[str, Any]) -> None:
-    """What the configurations of transformers let pass and their models then fail on."""
+def _check_num_layers(value: Any) -> None:
+    """Before the configuration is made, which holds a list with an entry for each layer."""
+    if isinstance(value, int) and value > LARGEST_NUM_LAYERS:
+        raise ValueError(f"num_hidden_layers={shown(value)} must be at most {LARGEST_NUM_LAYERS}")
+
+
+def _check_settings(config: Any, setting_types: Mapping[str, Any]) -> None:
+    """What the configurations of transformers let pass and their models then fail on, or train wrongly with."""
     for name, hint in setting_types.items():
         value = getattr(config, name)
         is_size = hint is int or name in ("head_dim", "num_key_value_heads")
-        if is_size and (value is None or not 1 <= value <= _LARGEST_SIZE):
+        if (is_size or (name == "sliding_window" and _has_windows(config))) and (
+            value is None or not 1 <= value <= _LARGEST_SIZE
+        ):
             raise ValueError(f"{name}={shown(value)} must be from 1 to {_LARGEST_SIZE}")
         if name in _ACTIVATIONS and value not in ACT2FN:
             raise ValueError(f"{name}={shown(value)} is not one of: {', '.join(sorted(ACT2FN))}")
-    if config.model_type == "qwen2_moe" and config.num_experts_per_tok > config.num_experts:
-        raise ValueError(
-            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
-        )
+        if name in (*_POSITIVE, *_NOT_NEGATIVE) and not (value is None and name in _OFF_WHEN_NULL):
+            lowest = "above 0" if name in _POSITIVE else "at least 0"
+            in_range = value is not None and (value > 0 or (value == 0 and name in _NOT_NEGATIVE))
+            if not in_range or value == float("inf"):
+                raise ValueError(f"{name}={shown(value)} must be a finite number {lowest}")
+    if config.attention_dropout >= 1:
+        raise ValueError(f"attention_dropout={config.attention_dropout} must be below 1")
+    if config.model_type == "qwen2_moe":
+        _check_experts(config)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"num_attention_heads={config.num_attention_heads} is not divisible by "
             f"num_key_value_heads={config.num_key_value_heads}"
+        )
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether the mask of a sliding window has to be made; Gemma 2 makes it even where no layer uses it."""
+    is_on = config.model_type == "gemma2" or config.use_sliding_window
+    return is_on or "sliding_attention" in config.layer_types
+
+
+def _check_experts(config: Any) -> None:
+    if config.num_experts_per_tok > config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
+        )
+    sparse = set(range(config.decoder_sparse_step - 1, config.num_hidden_layers, config.decoder_sparse_step))
+    if not sparse - set(config.mlp_only_layers):
+        raise ValueError(
+            f"decoder_sparse_step={config.decoder_sparse_step} and mlp_only_layers={shown(config.mlp_only_layers)} "
+            f"leave none of num_hidden_layers={config.num_hidden_layers} with experts"
         )

@@ -36,10 +36,11 @@ _CHOICES = {
     "backend": get_args(BackendName),
 }
 # The largest size of each, far beyond any model, so that no product of them overflows where memory is asked for.
+LARGEST_NUM_LAYERS = 2**10
 _LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**17,
-    "num_hidden_layers": 2**10,
+    "num_hidden_layers": LARGEST_NUM_LAYERS,
     "num_heads": 2**17,
     "num_experts": 2**14,
     "num_experts_per_tok": 2**14,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,22 @@ def test_the_final_evaluation_reads_with_the_state_carried_or_in_windows_as_in_t
     assert contexts == [None if name == "xlstm" else 32]
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_moe", "llama"])
 def test_the_matrices_that_mix_channels_are_decayed_and_nothing_else(name: str):
-    model = tiny(name)
-    kept = {key for key, _ in model.named_parameters() if not decays_weight(key)}
-    for key, parameter in model.named_parameters():
-        is_vector = parameter.ndim == 1 or key.endswith("bias")
-        assert not (is_vector and decays_weight(key)), key
-    if name in ("gemma2", "qwen2_moe", "llama"):
-        matrices = {key for key in kept if model.get_parameter(key).ndim > 1}
-        assert matrices == {"model.embed_tokens.weight"}
+    kept = {key: parameter for key, parameter in tiny(name).named_parameters() if not decays_weight(key)}
+    assert {key for key, parameter in kept.items() if parameter.ndim > 1} == {"model.embed_tokens.weight"}
+    vectors = {key for key, parameter in tiny(name).named_parameters() if parameter.ndim == 1}
+    assert vectors == kept.keys() - {"model.embed_tokens.weight"}
+
+
+def test_in_an_xlstm_the_projections_and_the_head_are_decayed_and_nothing_else():
+    decayed = {key for key, _ in tiny("xlstm").named_parameters() if decays_weight(key)}
+    of_slstm, of_mlstm = ("ffn.up_proj", "ffn.down_proj"), ("up_proj", "q_proj", "k_proj", "v_proj", "down_proj")
+    assert decayed == {
+        "lm_head.weight",
+        *(f"model.layers.{block}.slstm.{name}.weight" for block in (0, 2) for name in of_slstm),
+        *(f"model.layers.1.mlstm.{name}.weight" for name in of_mlstm),
+    }
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -195,6 +202,31 @@ def tiny(name: str) -> Any:
         ({"architecture": "gemma2", "num_key_value_heads": 3}, "is not divisible by num_key_value_heads=3"),
         ({"architecture": "qwen2_moe", "num_experts": 2, "num_experts_per_tok": 3}, "is more than num_experts=2"),
         ({"architecture": "qwen2_moe", "output_router_logits": True}, "no setting model.output_router_logits"),
+        ({"architecture": "qwen2_moe", "decoder_sparse_step": 25}, "leave none of num_hidden_layers=24 with experts"),
+        (
+            {"architecture": "qwen2_moe", "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1, 3]},
+            "decoder_sparse_step=2 and mlp_only_layers=[1, 3] leave none of num_hidden_layers=4 with experts",
+        ),
+        ({"architecture": "qwen2_moe", "decoder_sparse_step": 0}, "decoder_sparse_step=0 must be from 1 to"),
+        ({"architecture": "qwen2_moe", "router_aux_loss_coef": -1}, "router_aux_loss_coef=-1.0 must be a finite"),
+        ({"architecture": "qwen2_moe", "router_aux_loss_coef": math.inf}, "=inf must be a finite number at least 0"),
+        ({"architecture": "qwen2_moe", "use_sliding_window": True, "sliding_window": None}, "sliding_window=None must"),
+        ({"architecture": "gemma2", "sliding_window": None}, "sliding_window=None must be from 1 to"),
+        ({"architecture": "gemma2", "sliding_window": 0}, "sliding_window=0 must be from 1 to"),
+        ({"architecture": "gemma2", "initializer_range": -0.1}, "initializer_range=-0.1 must be a finite number"),
+        ({"architecture": "gemma2", "initializer_range": math.nan}, "initializer_range=nan must be a finite number"),
+        ({"architecture": "gemma2", "attention_dropout": 1.0}, "attention_dropout=1 must be below 1"),
+        ({"architecture": "gemma2", "attention_dropout": -0.1}, "attention_dropout=-0.1 must be a finite number"),
+        ({"architecture": "gemma2", "attention_dropout": None}, "attention_dropout=None must be a finite number"),
+        ({"architecture": "gemma2", "final_logit_softcapping": 0}, "final_logit_softcapping=0.0 must be a finite"),
+        ({"architecture": "gemma2", "attn_logit_softcapping": -50}, "attn_logit_softcapping=-50.0 must be a finite"),
+        ({"architecture": "llama", "rms_norm_eps": 0}, "rms_norm_eps=0.0 must be a finite number above 0"),
+        ({"architecture": "llama", "rms_norm_eps": math.nan}, "rms_norm_eps=nan must be a finite number above 0"),
+        *(
+            ({"architecture": name, "num_hidden_layers": 2**62}, f"={2**62} must be at most 1024")
+            for name in ("moxe", "xlstm", "gemma2", "qwen2_moe", "llama")
+        ),
+        ({"architecture": "llama", "num_hidden_layers": 1025}, "num_hidden_layers=1025 must be at most 1024"),
         ({"architecture": "llama", "rope_parameters": None}, "there is no setting model.rope_parameters"),
         ({"architecture": "xlstm", "num_experts": 4}, "there is no setting model.num_experts"),
         ({"architecture": "xlstm", "num_heads": 3}, "is not divisible by num_heads=3"),
@@ -208,6 +240,14 @@ def test_a_model_section_that_fits_no_architecture_is_refused_with_one_sentence(
     with pytest.raises(UserError) as error:
         load_recipe(tmp_path / "mine.yaml", {"model": model})
     assert message in str(error.value)
+
+
+def test_a_model_with_fewer_positions_than_the_rows_have_tokens_is_refused_before_it_is_trained(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("model: {architecture: llama}\ndata: {sequence_length: 32}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"model\.max_position_embeddings=31 is less than data\.sequence_length=32"):
+        load_recipe(tmp_path / "mine.yaml", [("model.max_position_embeddings", "31")])
+    recipe = load_recipe(tmp_path / "mine.yaml", [("model.max_position_embeddings", "32")])
+    assert recipe.model["max_position_embeddings"] == recipe.data.sequence_length
 
 
 def test_a_command_line_names_the_architecture_and_its_settings_in_any_order(tmp_path: Path):

@@ -29,7 +29,9 @@ class BaselineOutput(ModelOutput):
 
     `loss` is `lm_loss`, a mean over targets, plus in a mixture of experts `router_aux_loss_coef` times the load
     balancing loss of transformers. `load_balancing_loss` is that loss over the experts a token, so that uniform routing
-    gives 1 as in MoxE. `logits` are left out when training with labels. There are no statistics of the routing.
+    gives 1 as in MoxE; other values do not compare with MoxE's. MoxE takes the loss of each layer and their mean, while
+    transformers pools counts and probabilities over all layers before it multiplies them, so that layers which favour
+    different experts cancel. `logits` are left out when training with labels. There are no statistics of the routing.
     """
 
     loss: Tensor | None = None
@@ -101,7 +103,8 @@ class _PackedCausalLM:
                 for a call with neither labels nor documents; its output is that class's too.
 
         Raises:
-            ValueError: for token ids or labels outside the vocabulary, or documents and a cache together.
+            ValueError: in a call with labels or documents, for token ids or labels outside the vocabulary, shapes that
+                do not agree, and position_ids, inputs_embeds or past_key_values.
         """
         if labels is None and document_ids is None:
             if output_router_logits is not None:
@@ -116,9 +119,16 @@ class _PackedCausalLM:
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        if input_ids is None or past_key_values is not None:
-            raise ValueError("a call with labels or document_ids needs input_ids, and goes on from no cache")
-        tokens = pack_tokens(input_ids, attention_mask, document_ids)
+        for name, other in (
+            ("position_ids", position_ids),
+            ("inputs_embeds", inputs_embeds),
+            ("past_key_values", past_key_values),
+        ):
+            if other is not None:
+                raise ValueError(f"a call with labels or document_ids takes no {name}")
+        if input_ids is None:
+            raise ValueError("a call with labels or document_ids needs input_ids")
+        tokens = pack_tokens(input_ids, attention_mask, document_ids, labels)
         check_vocabulary("token id", tokens.pack(input_ids), self.config.vocab_size)
         hidden, router_logits = self._run(tokens, tokens.pack(input_ids))
         losses: dict[str, Any] = {}

@@ -290,20 +290,19 @@ class MoxEModel(MoxEPreTrainedModel):
         x, cache, routing = self.run(tokens, input_ids, document_ids, cache_params, use_cache)
         return MoxEModelOutput(last_hidden_state=tokens.unpack(x), cache_params=cache, routing=routing)
 
-    def pack(self, input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> PackedTokens:
+    def pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+        labels: Tensor | None = None,
+    ) -> PackedTokens:
         """Checks the inputs of a call and finds its real tokens.
 
         Raises:
             ValueError: for shapes that do not agree or token ids outside the vocabulary.
         """
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")
-        for name, other in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-            if other is not None and other.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(other.shape)}"
-                )
-        tokens = pack_tokens(input_ids, attention_mask, document_ids)
+        tokens = pack_tokens(input_ids, attention_mask, document_ids, labels)
         check_vocabulary("token id", tokens.pack(input_ids), self.config.vocab_size)
         return tokens
 
@@ -477,11 +476,7 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
         """
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training and labels is None
-        tokens = self.model.pack(input_ids, attention_mask, document_ids)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
-            )
+        tokens = self.model.pack(input_ids, attention_mask, document_ids, labels)
         hidden, cache, routing = self.model.run(tokens, input_ids, document_ids, cache_params, use_cache)
         losses: dict[str, Tensor] = {}
         if labels is not None:
@@ -555,8 +550,9 @@ class MoxEForCausalLM(MoxEPreTrainedModel, GenerationMixin):
             ValueError: for a model without these biases, or assignments of another shape.
         """
         config = self.config
-        if config.load_balancing != "bias":
-            raise ValueError(f"load_balancing={config.load_balancing!r} has no bias to update: it must be 'bias'")
+        load_balancing = getattr(config, "load_balancing", None)  # a model without experts has no such setting
+        if load_balancing != "bias":
+            raise ValueError(f"load_balancing={load_balancing!r} has no bias to update: it must be 'bias'")
         shape = (config.num_hidden_layers, config.num_experts)
         if assignments.shape != shape:
             raise ValueError(f"assignments must be [layers, E] = {list(shape)}, got {list(assignments.shape)}")

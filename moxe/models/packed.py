@@ -43,8 +43,21 @@ class PackedTokens:
         return x.unflatten(0, self.shape)
 
 
-def pack_tokens(input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> PackedTokens:
-    """Finds the real tokens and the sequences they form: one a row, or one a document of a row."""
+def pack_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, labels: Tensor | None = None
+) -> PackedTokens:
+    """Finds the real tokens and the sequences they form: one a row, or one a document of a row.
+
+    Raises:
+        ValueError: for token ids that are not [B, S], or another input that is not of their shape.
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, S], got shape {tuple(input_ids.shape)}")
+    for name, other in (("attention_mask", attention_mask), ("document_ids", document_ids), ("labels", labels)):
+        if other is not None and other.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(other.shape)}"
+            )
     batch, length = input_ids.shape
     keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool().flatten().nonzero()
     column = None if keep is None else keep.flatten()

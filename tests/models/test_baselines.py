@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,44 @@ def test_what_is_no_token_is_refused(name: str):
         model(**{**batch, "input_ids": batch["input_ids"].index_fill(1, torch.tensor(1), 40)})
     with pytest.raises(ValueError, match="label 41 is outside the vocabulary"):
         model(**{**batch, "labels": batch["labels"].index_fill(1, torch.tensor(1), 41)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_of_another_shape_than_the_token_ids_is_refused(name: str):
+    model, batch = tiny_baseline(name), packed_rows()
+    for key in ("attention_mask", "document_ids", "labels"):
+        with pytest.raises(ValueError, match=re.escape(f"{key} must have the shape of input_ids (3, 12), got (3, 11)")):
+            model(**{**batch, key: batch[key][:, 1:]})
+    with pytest.raises(ValueError, match=re.escape("input_ids must be [B, S], got shape (12,)")):
+        model(input_ids=batch["input_ids"][0], labels=batch["labels"][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_call_with_labels_or_documents_would_ignore_is_refused(name: str):
+    model, batch = tiny_baseline(name), packed_rows()
+    ids = batch["input_ids"]
+    ignored = {
+        "position_ids": torch.arange(12).expand(3, 12),
+        "inputs_embeds": model.get_input_embeddings()(ids),
+        "past_key_values": model(ids[:, :2], use_cache=True).past_key_values,
+    }
+    for key, value in ignored.items():
+        for needs in ("labels", "document_ids"):
+            with pytest.raises(ValueError, match=f"a call with labels or document_ids takes no {key}"):
+                model(input_ids=ids, **{needs: batch[needs], key: value})
+    with pytest.raises(ValueError, match="a call with labels or document_ids needs input_ids"):
+        model(labels=batch["labels"])
+
+
+def test_layers_that_favour_different_experts_cancel_in_the_load_balancing_loss():
+    """What transformers pools over the layers: here each layer sends every token to two experts of four."""
+    model = tiny_baseline("qwen2_moe")
+    targets = torch.tensor([0])
+    two_of_four = torch.tensor([[9.0, 9.0, -9.0, -9.0]]).double()
+    hidden = torch.zeros(1, SIZES["hidden_size"]).double()
+
+    def loss(*layers: Tensor) -> float:
+        return model._losses(hidden, targets, layers, None)["load_balancing_loss"].item()
+
+    assert loss(two_of_four, two_of_four) == pytest.approx(2)
+    assert loss(two_of_four, two_of_four.flip(1)) == pytest.approx(1)

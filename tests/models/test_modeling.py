@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moxe.models.configuration_xlstm import XLSTMConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
+from moxe.models.modeling_xlstm import XLSTMForCausalLM
 from tests.models.tiny import EXPERT_KINDS, EXPERT_MEMORIES, LOSS_OPTIONS, OPTIONS, TINY, tiny_model, token_ids
 from tests.modules.comparison import assert_equal, assert_equal_gradients
 from tests.modules.paper import Routed, layer_forward, mlstm_block, model_forward, slstm_block, weights_of
@@ -176,6 +178,9 @@ def test_a_balancing_bias_that_is_updated_evens_out_the_load_of_a_model_that_is_
 def test_balancing_biases_are_updated_only_where_there_are_any_and_by_numbers_for_each_expert():
     with pytest.raises(ValueError, match="load_balancing='loss' has no bias to update: it must be 'bias'"):
         tiny_model().update_balancing_bias(torch.zeros(2, 4))
+    dense = XLSTMForCausalLM(XLSTMConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="load_balancing=None has no bias to update: it must be 'bias'"):
+        dense.update_balancing_bias(torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"assignments must be \[layers, E\] = \[2, 4\], got \[4\]"):
         tiny_model(load_balancing="bias").update_balancing_bias(torch.zeros(4))
 

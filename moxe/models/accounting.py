@@ -98,8 +98,8 @@ class ParameterCount:
             expert gets its share, rounded for each kind. The embedding counts whole.
         min_active_parameters, max_active_parameters: for a token whose K experts are the smallest or largest ones.
         total_by_part, active_by_part: the first two, by part (all layers together). Of a MoxE: embedding, slstm_mixers,
-            mlstm_mixers, routers, shared_experts, mlstm_experts, slstm_experts, ffn_experts, final_norm, head. In place
-            of those between have an xLSTM slstm_blocks and mlstm_blocks; a model of transformers attention,
+            mlstm_mixers, routers, shared_experts, mlstm_experts, slstm_experts, ffn_experts, final_norm, head. Between
+            embedding and final_norm an xLSTM has slstm_blocks and mlstm_blocks; a model of transformers has attention,
             layer_norms, and feed_forward or routers, ffn_experts and shared_experts.
     """
 

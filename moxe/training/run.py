@@ -251,20 +251,22 @@ def _evaluate(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, console: C
     """The held-out documents under the model and under the baselines, and a sample of generated text.
 
     A recurrent model reads each document with its state carried; any other sees windows as long as it was trained on.
+    The numbers of the two do not compare, so `context_length` stands beside them: null for a state that is carried.
     """
     training = recipe.training
+    context_length = None if recipe.architecture.is_ours else recipe.data.sequence_length
     result = evaluate_perplexity(
         model,
         corpus.validation_texts,
         corpus.tokenizer,
-        context_length=None if recipe.architecture.is_ours else recipe.data.sequence_length,
+        context_length=context_length,
         batch_size=training.batch_size,
         progress=console.is_terminal,
     )
     train_documents = None if isinstance(corpus.train, PackedStream) else corpus.train.documents
     baselines = text_baselines(train_documents, corpus.validation.documents, corpus.validation_texts)
     return {
-        "validation": result.to_dict(),
+        "validation": {**result.to_dict(), "context_length": context_length},
         "baselines": asdict(baselines),
         "sample": _sample(model, corpus, training),
         "corpus": asdict(corpus.statistics),
@@ -308,7 +310,8 @@ def _print_report(
     training, validation = evaluation["training"], evaluation["validation"]
     minutes = training["seconds"] / 60
     _say(console, f"{training['steps']:,} steps on {training['tokens']:,} tokens; {minutes:.1f} minutes of training")
-    table = Table()
+    length = validation["context_length"]
+    table = Table(caption="whole documents, the state carried" if length is None else f"windows of {length:,} tokens")
     table.add_column(f"{validation['bytes']:,} bytes of held-out text")
     table.add_column("nats a token", justify="right")
     table.add_column("bits a byte", justify="right")

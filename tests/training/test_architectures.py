@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import moxe.training.run as run_module
 from moxe.errors import UserError
@@ -80,7 +82,8 @@ def test_all_architectures_are_tried_here():
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_run_leaves_what_a_run_of_moxe_leaves(name: str, text_file: Path, tmp_path: Path):
-    result = train(recipe_of(name, text_file, tmp_path), quiet())
+    printed = io.StringIO()
+    result = train(recipe_of(name, text_file, tmp_path), Console(file=printed, width=200))
     training = [record for record in read_metrics(result.path / "metrics.jsonl") if "layers" in record]
     validation = [record for record in read_metrics(result.path / "metrics.jsonl") if "validation_loss" in record]
     assert [record["step"] for record in training] == [1, 2, 3, 4]
@@ -95,10 +98,12 @@ def test_a_run_leaves_what_a_run_of_moxe_leaves(name: str, text_file: Path, tmp_
         squares = sum(norm**2 for norm in record["gradient_norms"].values())
         assert squares == pytest.approx(record["gradient_norm"] ** 2, rel=1e-4)
     evaluation = read_json(result.path / "evaluation.json")
+    assert ("whole documents, the state carried" if name == "xlstm" else "windows of 32 tokens") in printed.getvalue()
     loaded = load_model(result.path, device="cpu")
     assert type(loaded) is ARCHITECTURES[name].model_class
     assert evaluation["sample"]["text"]
     assert evaluation["validation"]["tokens"] > 0
+    assert evaluation["validation"]["context_length"] == (None if name == "xlstm" else 32)
     assert load_recipe(result.path / "recipe.yaml").architecture.name == name
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import moxe.recipe
 from moxe.errors import UserError
 from moxe.models.accounting import count_parameters
 from moxe.recipe import load_recipe, recipe_names, setting_types
@@ -230,3 +231,10 @@ def test_every_setting_of_a_section_has_a_type(section: str):
     config = {"data": load_recipe().data, "training": load_recipe().training}.get(section)
     if config is not None:
         assert list(setting_types(section)) == [field.name for field in dataclasses.fields(config)]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_comes_with_moxe_has_no_line_over_120_columns(name: str):
+    lines = (Path(moxe.recipe.__file__).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines
+    assert max(map(len, lines)) <= 120

@@ -119,7 +119,7 @@ def _methods(margins: dict[str, float]) -> list[str]:
         f"{margins['lambada_token_perplexity']:.0%} of that of a last token, {margins['lambada_accuracy']:g} of the "
         f"accuracy, {margins['tokens_per_second']:.0%} of the speed. "
         "Otherwise no difference was found, which is not to say that there is none: see what was detectable. That is "
-        "computed for one test at 5%, while a verdict takes Holm's p, so that a verdict needs a larger difference; the "
+        "computed for one test at 5%, while a verdict takes Holm's p, so that it can need a larger difference; the "
         "p values of equivalence are not adjusted for their number.",
         "Perplexities and speeds are averaged and compared as logarithms. Runs that diverged, failed or are missing "
         "enter no mean; they are listed, and a row without its diverged runs looks better than it is.",

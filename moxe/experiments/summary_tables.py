@@ -130,7 +130,7 @@ def _loss_table(results: dict[str, Any], rows: Sequence[dict[str, Any]], guessin
     note = (
         "Mean over seeds ± half its 95% t-interval; differences are paired by seed. Holm's p is over the rows of a "
         "section; the p of equivalence is not adjusted. Detectable is the true difference that one test at 5%, without "
-        "Holm's correction, finds with 80% power at this number of seeds and this spread: a verdict needs a larger one."
+        "Holm's correction, finds with 80% power at this number of seeds and this spread: a verdict can need more."
     )
     return Table("Validation loss", columns, table, note)
 

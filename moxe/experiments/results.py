@@ -21,7 +21,7 @@ from moxe.training.run_folder import read_json_object
 # The rows whose load of every expert over training the report draws (Figure 8).
 _DRAWN_LOAD = (REFERENCE, "no-group-loss")
 _TERMS = ("lm_loss", "z_loss", "load_balancing_loss", "group_loss", "difficulty_loss")
-_VERSIONS = ("cpu", "device", "threads", "torch", "transformers", "moxe", "git_commit", "platform")
+_VERSIONS = ("cpu", "device", "threads", "torch", "transformers", "moxe")
 
 
 def collect(

@@ -23,8 +23,8 @@ from moxe.ops.cpu.allocator import keep_freed_memory
 from moxe.training.run_folder import read_json_object
 
 SPEED = "speed.json"
-GENERATED_TOKENS = 32
-_REPEATS = 5
+GENERATED_TOKENS = 128
+_REPEATS = 9
 _ROWS_AT_ONCE = 5
 
 

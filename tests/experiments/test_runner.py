@@ -111,12 +111,12 @@ def test_a_signal_lets_the_runs_in_progress_save_and_says_which(make_runner, tmp
     def interrupt() -> None:
         while len(list(tmp_path.glob("runs/*/ready"))) < 2:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(Stopped) as stopped:
         runner.run()
-    assert stopped.value.signum == signal.SIGINT
+    assert stopped.value.signum == signal.SIGTERM
     assert len(list(tmp_path.glob("runs/*/saved"))) == 2
     assert list(tmp_path.glob("runs/*/error.txt")) == []
 

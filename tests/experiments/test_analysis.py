@@ -16,6 +16,7 @@ from moxe.cli import main
 from moxe.data.tokenizer import train_tokenizer
 from moxe.errors import UserError
 from moxe.experiments.analysis import analyse_routing
+from moxe.models.checkpoint import load_config
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.observability.analysis import BANDS, MINIMUM_TOKENS
 from tests.models.tiny import tiny_model
@@ -333,7 +334,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, checkpoint, corpus, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path, corpus):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+def test_a_model_without_a_router_is_refused(capsys, checkpoint, tmp_path, corpus):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=load_config(checkpoint).vocab_size, **sizes)).save_pretrained(tmp_path)
+    for tokenizer in checkpoint.glob("tokenizer*"):
+        (tmp_path / tokenizer.name).write_bytes(tokenizer.read_bytes())
     assert main(["analyse", str(tmp_path), "--data", str(corpus)]) == 2
-    assert "a MoxE model has 'moxe'" in capsys.readouterr().err
+    assert "LlamaForCausalLM has no router to analyse" in capsys.readouterr().err

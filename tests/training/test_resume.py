@@ -144,7 +144,7 @@ def test_a_signal_while_a_validation_is_made_up_leaves_it_to_the_next_time(finis
     assert_same_run(recipe.run_dir, finished.result.path)
 
 
-@pytest.mark.parametrize("name", ["prepare", "MoxEForCausalLM"])
+@pytest.mark.parametrize("name", ["prepare", "build_model"])
 def test_a_signal_before_the_first_step_stops_at_once(make_recipe: MakeRecipe, name: str):
     recipe = make_recipe()
     stopped = stop(recipe, lambda patch: before(run_module, name, sender(signal.SIGTERM), patch))

@@ -48,6 +48,11 @@ def write_text(path: Path) -> Path:
 
 def tiny_recipe(text_file: Path, output_dir: Path, **training: Any) -> Recipe:
     model = {key: value for key, value in TINY.items() if key not in ("vocab_size", "pad_token_id")}
+    return load_recipe("default", {"model": model, **tiny_sections(text_file, output_dir, **training)})
+
+
+def tiny_sections(text_file: Path, output_dir: Path, **training: Any) -> dict[str, dict[str, Any]]:
+    """The sections `data` and `training` of a recipe that takes a second."""
     data = {
         "source": str(text_file),
         "cache_dir": str(text_file.parent / "cache"),
@@ -66,7 +71,7 @@ def tiny_recipe(text_file: Path, output_dir: Path, **training: Any) -> Recipe:
         "sample_prompt": None,
         "sample_tokens": 5,
     }
-    return load_recipe("default", {"model": model, "data": data, "training": {**defaults, **training}})
+    return {"data": data, "training": {**defaults, **training}}
 
 
 def quiet() -> Console:

@@ -19,13 +19,13 @@ from moxe.models.architectures import ARCHITECTURES, build_model
 from moxe.models.checkpoint import load_model
 from moxe.observability.metrics import read_metrics
 from moxe.observability.plots import draw_run
-from moxe.recipe import Recipe, load_recipe
+from moxe.recipe import Recipe, load_recipe, make_recipe
 from moxe.training.checkpoint import read_json
 from moxe.training.diagnosis import diagnose
 from moxe.training.gradients import gradient_norms, part_norms, total_norm
 from moxe.training.optimizer import decays_weight
 from moxe.training.run import train
-from tests.training.runs import assert_same_run, quiet
+from tests.training.runs import assert_same_run, quiet, tiny_sections
 from tests.training.tiny import Rows
 
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -52,28 +52,8 @@ LOSSES = {
 
 
 def recipe_of(architecture: str, text_file: Path, folder: Path, **training: Any) -> Recipe:
-    path = folder / f"{architecture}.yaml"
-    path.write_text("", encoding="utf-8")
-    data = {
-        "source": str(text_file),
-        "cache_dir": str(text_file.parent / "cache"),
-        "vocab_size": 300,
-        "sequence_length": 32,
-        "validation_fraction": 0.2,
-    }
-    defaults = {
-        "output_dir": str(folder),
-        "batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "eval_steps": 2,
-        "save_steps": 2,
-        "num_threads": 1,
-        "sample_prompt": None,
-        "sample_tokens": 5,
-    }
     model = {"architecture": architecture, **TINY[architecture]}
-    return load_recipe(path, {"model": model, "data": data, "training": {**defaults, **training}})
+    return make_recipe({"model": model, **tiny_sections(text_file, folder, **training)}, name=architecture)
 
 
 def test_all_architectures_are_tried_here():

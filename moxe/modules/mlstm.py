@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from moxe.modules.feed_forward import FeedForwardBlocks
 from moxe.modules.stacks import (
@@ -27,7 +28,7 @@ from moxe.modules.stacks import (
 )
 from moxe.ops.gating import mlstm_output
 from moxe.ops.mlstm import MLSTMState, mlstm
-from moxe.ops.mlstm.projections import mlstm_projections
+from moxe.ops.mlstm.projections import Projections, mlstm_projections
 from moxe.ops.mlstm.step import mlstm_step
 from moxe.ops.segments import Segments
 
@@ -110,19 +111,7 @@ class MLSTMBlocks(nn.Module):
         A state holds conv [G, T - 1, I], c [G, H, Dh, Dh], n [G, H, Dh] and m [G, H].
         """
         heads = self.num_heads
-        branch, gate = self.up_proj(self.norm(x, segments), segments).chunk(2, dim=-1)
-        convolved, conv_state = self.conv(branch, segments, state["conv"] if state else None, return_state)
-        q, k, v, igate, fgate = mlstm_projections(
-            convolved,
-            branch,
-            self.q_proj.weight,
-            self.k_proj.weight,
-            self.v_proj.weight,
-            self.gate_weight,
-            self.gate_bias,
-            segments.row_offsets,
-            backend=self.backend,
-        )
+        (q, k, v, igate, fgate), convolved, gate, conv_state = self._cell_inputs(x, segments, state, return_state)
         h, cell_state = mlstm(
             q.unflatten(-1, (heads, -1)),
             k.unflatten(-1, (heads, -1)),
@@ -151,6 +140,30 @@ class MLSTMBlocks(nn.Module):
         if cell_state is None or conv_state is None:
             return out, None
         return out, {"conv": conv_state, **cell_state._asdict()}
+
+    def forget_gates(self, x: Tensor, segments: Segments, state: BlockState | None) -> Tensor:
+        """log f = log sigmoid(fgate) [N, H] of each row, in float32 or float64; arguments as in `forward`."""
+        (*_, fgate), _, _, _ = self._cell_inputs(x, segments, state, False)
+        return logsigmoid(fgate)
+
+    def _cell_inputs(
+        self, x: Tensor, segments: Segments, state: BlockState | None, return_state: bool
+    ) -> tuple[Projections, Tensor, Tensor, Tensor | None]:
+        """q, k, v, igate and fgate; the convolved branch; g; and, if asked for, the state of the convolution."""
+        branch, gate = self.up_proj(self.norm(x, segments), segments).chunk(2, dim=-1)
+        convolved, conv_state = self.conv(branch, segments, state["conv"] if state else None, return_state)
+        projections = mlstm_projections(
+            convolved,
+            branch,
+            self.q_proj.weight,
+            self.k_proj.weight,
+            self.v_proj.weight,
+            self.gate_weight,
+            self.gate_bias,
+            segments.row_offsets,
+            backend=self.backend,
+        )
+        return projections, convolved, gate, conv_state
 
     def step(self, x: Tensor, experts: Tensor, weights: Tensor, first: int, state: BlockState, out: Tensor) -> None:
         """Adds weights[n, k] f_{experts[n, k] - first}(x_n) to out [N, D] for one token of each of a few rows, in C++.

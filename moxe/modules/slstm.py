@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from moxe.modules.feed_forward import FeedForwardBlocks
 from moxe.modules.stacks import (
@@ -20,6 +21,8 @@ from moxe.modules.stacks import (
     parameters_of,
     small_init_std,
 )
+from moxe.ops.backend import core_dtype, without_autocast
+from moxe.ops.grouped_linear import grouped_block_linear
 from moxe.ops.segments import Segments
 from moxe.ops.slstm import SLSTMState, slstm
 from moxe.ops.slstm.gates import slstm_gates
@@ -92,6 +95,34 @@ class SLSTMBlocks(nn.Module):
 
         A state holds conv [G, T - 1, D] and c, n, m, h [G, H, Dh].
         """
+        _, h, cell_state, conv_state = self._run_cell(x, segments, state, return_state)
+        mixed = self.head_norm(h.flatten(1), segments)
+        out = mixed + self.ffn(x + mixed, segments, None, False)[0]
+        if cell_state is None or conv_state is None:
+            return out, None
+        return out, {"conv": conv_state, **cell_state._asdict()}
+
+    def forget_gates(self, x: Tensor, segments: Segments, state: BlockState | None) -> Tensor:
+        """log f = log sigmoid(f~) [N, H, Dh] of each row, in float32 or float64; arguments as in `forward`.
+
+        f~ has the recurrent part R h_{t-1}, so the cell is run for its h.
+        """
+        gates, h, _, _ = self._run_cell(x, segments, state, False)
+        dtype = core_dtype(h)
+        occupied = segments.lengths > 0
+        begins = segments.cu_seqlens[:-1][occupied].to(h.device)
+        before = h.to(dtype).roll(1, dims=0)
+        before[begins] = 0 if state is None else state["h"][occupied.to(h.device)].to(dtype)
+        with without_autocast(x.device.type):
+            recurrent = grouped_block_linear(
+                before, self.recurrent_weight[:, :, :, FORGET_GATE], segments.row_offsets, backend=self.backend
+            )
+        return logsigmoid(gates[:, :, FORGET_GATE].to(dtype) + recurrent)
+
+    def _run_cell(
+        self, x: Tensor, segments: Segments, state: BlockState | None, return_state: bool
+    ) -> tuple[Tensor, Tensor, SLSTMState | None, Tensor | None]:
+        """The gates without R h, bias included; h; and, if asked for, the states of the cell and of the convolution."""
         normed = self.norm(x, segments)
         convolved, conv_state = self.conv(normed, segments, state["conv"] if state else None, return_state)
         gates = slstm_gates(
@@ -111,11 +142,7 @@ class SLSTMBlocks(nn.Module):
             return_final_state=return_state,
             backend=self.backend,
         )
-        mixed = self.head_norm(h.flatten(1), segments)
-        out = mixed + self.ffn(x + mixed, segments, None, False)[0]
-        if cell_state is None or conv_state is None:
-            return out, None
-        return out, {"conv": conv_state, **cell_state._asdict()}
+        return gates, h, cell_state, conv_state
 
     def step(self, x: Tensor, experts: Tensor, weights: Tensor, first: int, state: BlockState, out: Tensor) -> None:
         """Adds weights[n, k] f_{experts[n, k] - first}(x_n) to out [N, D] for one token of each of a few rows, in C++.

@@ -100,14 +100,8 @@ def slstm_cell(gates: Tensor, recurrent: Tensor, keep: Tensor) -> Tensor:
 def mlstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -> Tensor:
     """f(x); the block is x + f(x)."""
     keep = torch.ones(len(x), dtype=torch.bool) if keep is None else keep
-    branch, gate = (normalise(x, w["norm.weight"]) @ w["up_proj.weight"].T).chunk(2, -1)
-    convolved = silu(causal_conv(branch, w["conv.weight"], w["conv.bias"], keep))
-    q = _by_blocks(convolved, w["q_proj.weight"])
-    k = _by_blocks(convolved, w["k_proj.weight"])
-    v = _by_blocks(branch, w["v_proj.weight"])
-    gates = torch.cat([q, k, v], -1) @ w["gate_weight"].T + w["gate_bias"]
-    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))
-    h = mlstm_cell(q, k, v, gates[:, :heads], gates[:, heads:], keep)
+    (q, k, v, igate, fgate), convolved, gate = _mlstm_inputs(x, w, heads, keep)
+    h = mlstm_cell(q, k, v, igate, fgate, keep)
     mixed = normalise(h.flatten(1), w["head_norm.weight"], heads) + w["skip"] * convolved
     out = (mixed * silu(gate)) @ w["down_proj.weight"].T
     if "ffn.up_proj.weight" in w:
@@ -115,17 +109,51 @@ def mlstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -
     return out * keep[:, None]
 
 
+def mlstm_forget_gates(x: Tensor, w: Weights, heads: int) -> Tensor:
+    """log f [S, H], every token seen."""
+    (*_, fgate), _, _ = _mlstm_inputs(x, w, heads, torch.ones(len(x), dtype=torch.bool))
+    return torch.log(torch.sigmoid(fgate))
+
+
+def _mlstm_inputs(
+    x: Tensor, w: Weights, heads: int, keep: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """q, k, v [S, H, Dh], igate and fgate [S, H]; the convolved branch and the other one."""
+    branch, gate = (normalise(x, w["norm.weight"]) @ w["up_proj.weight"].T).chunk(2, -1)
+    convolved = silu(causal_conv(branch, w["conv.weight"], w["conv.bias"], keep))
+    q = _by_blocks(convolved, w["q_proj.weight"])
+    k = _by_blocks(convolved, w["k_proj.weight"])
+    v = _by_blocks(branch, w["v_proj.weight"])
+    gates = torch.cat([q, k, v], -1) @ w["gate_weight"].T + w["gate_bias"]
+    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (q, k, v))
+    return (q, k, v, gates[:, :heads], gates[:, heads:]), convolved, gate
+
+
 def slstm_block(x: Tensor, w: Weights, heads: int, keep: Tensor | None = None) -> Tensor:
     """f(x); the block is x + f(x)."""
     keep = torch.ones(len(x), dtype=torch.bool) if keep is None else keep
+    h = slstm_cell(_slstm_gates(x, w, heads, keep), w["recurrent_weight"], keep)
+    mixed = normalise(h.flatten(1), w["head_norm.weight"], heads)
+    return (mixed + feed_forward_block(x + mixed, part(w, "ffn"))) * keep[:, None]
+
+
+def slstm_forget_gates(x: Tensor, w: Weights, heads: int) -> Tensor:
+    """log f [S, H, Dh], every token seen: of f~ = W x_t + R h_{t-1} + b."""
+    keep = torch.ones(len(x), dtype=torch.bool)
+    gates = _slstm_gates(x, w, heads, keep)
+    h = slstm_cell(gates, w["recurrent_weight"], keep)
+    before = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+    recurrent = torch.einsum("shi,hio->sho", before, w["recurrent_weight"][:, :, 1])
+    return torch.log(torch.sigmoid(gates[:, :, 1] + recurrent))
+
+
+def _slstm_gates(x: Tensor, w: Weights, heads: int, keep: Tensor) -> Tensor:
+    """W x + b [S, H, 4, Dh] in the order i, f, z, o."""
     normed = normalise(x, w["norm.weight"])
     convolved = silu(causal_conv(normed, w["conv.weight"], w["conv.bias"], keep))
     i_and_f = torch.einsum("shi,hio->sho", convolved.unflatten(-1, (heads, -1)), w["if_proj.weight"])
     z_and_o = torch.einsum("shi,hio->sho", normed.unflatten(-1, (heads, -1)), w["zo_proj.weight"])
-    gates = torch.stack([*i_and_f.chunk(2, -1), *z_and_o.chunk(2, -1)], 2) + w["gate_bias"]
-    h = slstm_cell(gates, w["recurrent_weight"], keep)
-    mixed = normalise(h.flatten(1), w["head_norm.weight"], heads)
-    return (mixed + feed_forward_block(x + mixed, part(w, "ffn"))) * keep[:, None]
+    return torch.stack([*i_and_f.chunk(2, -1), *z_and_o.chunk(2, -1)], 2) + w["gate_bias"]
 
 
 def feed_forward_block(x: Tensor, w: Weights, keep: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from moxe.modules.slstm import SLSTMBlocks
 from moxe.ops.segments import Segments
 from tests.models.tiny import scramble
 from tests.modules.comparison import assert_equal, assert_equal_with_gradients
-from tests.modules.paper import slstm_block, slstm_cell, weights_of
+from tests.modules.paper import slstm_block, slstm_cell, slstm_forget_gates, weights_of
 
 HEADS = 2
 
@@ -86,3 +86,32 @@ def test_an_slstm_block_that_stops_and_goes_on_equals_one_that_does_not_stop(cut
     assert_equal(torch.cat([head, tail]), whole)
     for name in ("c", "n", "m", "h", "conv"):
         assert_equal(end[name], last[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "auto"])
+def test_forget_gates_are_those_of_the_papers_cell(backend: str, dtype: torch.dtype):
+    blocks = make_blocks(3, backend).to(dtype)
+    segments = Segments.from_lengths([5, 1, 7, 0, 2], group_offsets=(0, 2, 2, 5))
+    x = rows(15).to(dtype)
+    log_f = blocks.forget_gates(x, segments, None)
+    exact = [{name: weight.double() for name, weight in weights_of(blocks, block).items()} for block in range(3)]
+    expected = [
+        slstm_forget_gates(part.double(), exact[block], HEADS)
+        for part, block in zip(x.split([5, 1, 7, 2]), (0, 0, 2, 2), strict=True)
+    ]
+    assert log_f.dtype == dtype
+    assert_equal(log_f, torch.cat(expected))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_forget_gates_go_on_from_a_state(backend: str):
+    """Of two segments, the second empty before the cut."""
+    blocks, x = make_blocks(1, backend), rows(9)
+    whole = blocks.forget_gates(x, Segments.from_lengths([6, 3]), None)
+    first, rest = x[:4], x[4:]
+    _, state = blocks(first, Segments.from_lengths([4, 0]), None, True)
+    assert_equal(blocks.forget_gates(first, Segments.from_lengths([4, 0]), None), whole[:4])
+    assert_equal(blocks.forget_gates(rest, Segments.from_lengths([2, 3]), state), whole[4:])
+    none = blocks.forget_gates(x[:0], Segments.from_lengths([0, 0]), state)
+    assert none.shape == (0, *whole.shape[1:])

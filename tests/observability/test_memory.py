@@ -261,12 +261,22 @@ def test_one_shut_gate_hides_nothing_of_what_comes_after_it():
     assert censored.flatten().tolist() == [True] * 7 + [False] * 33
 
 
-def test_long_texts_keep_their_digits():
-    """Sums of 100,000 gates: in float32 they would be multiples of 2^-10 and the reach off by some tokens."""
-    tokens = 100_000
-    log_forget = torch.full((tokens, 1), -math.log(2) / 100.5)
-    reach, _ = reaches(log_forget, torch.arange(tokens))
-    assert reach[-100:].unique().tolist() == [100]
+def test_gates_behind_a_long_text_keep_their_digits():
+    """Sums of some 60,000 nats: in float32 they would be multiples of 2^-8, and the reach off by several tokens."""
+    log_forget = torch.full((53_000, 1), -1.2)
+    log_forget[50_000:] = -math.log(2) / 1000.5
+    reach, _ = reaches(log_forget, torch.arange(53_000))
+    assert reach[-9:].unique().tolist() == [1000]
+
+
+def test_a_quantile_is_the_smallest_reach_that_has_its_share_and_not_the_next():
+    """Two of twenty reach no further than themselves, but in floating point 1 - 18 / 20 is less than 0.1."""
+    log_forget = torch.zeros(10, 2)
+    log_forget[5] = -math.inf
+    reach, censored = reaches(log_forget, torch.arange(10))
+    assert reach[:, 0].tolist() == [*range(5), *range(5)]
+    assert int((~censored & (reach == 0)).sum()) == 2
+    assert expert_memory(log_forget, torch.arange(10), None).reach_quantiles[0] == 0
 
 
 gates_and_gaps = st.lists(st.tuples(st.floats(-3, 0), st.floats(-0.2, 0), st.integers(1, 9)), min_size=1, max_size=20)

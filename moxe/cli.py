@@ -24,7 +24,7 @@ import moxe
 from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
 from moxe.errors import Stopped, UserError, shown
-from moxe.experiments import SCALES, TABLES
+from moxe.experiments import MOST_TOKENS, SCALES, TABLES
 
 if TYPE_CHECKING:
     from moxe.doctor import Diagnosis
@@ -186,6 +186,48 @@ def analyse(args: argparse.Namespace) -> None:
         print_table(table.title, table.header, table.rows)
         print("\n".join(["", *table.readings, ""]))
     print("written: " + ", ".join(map(str, [numbers, *pictures])))
+
+
+def explore(args: argparse.Namespace) -> None:
+    from moxe.data.sources import read_documents
+    from moxe.data.tokenizer import load_tokenizer
+    from moxe.experiments.exploration import corpus_of_run, explore, read_text
+    from moxe.models.checkpoint import load_model
+    from moxe.observability.explorer.page import write_page
+
+    if (args.text is None) == (args.prompt is None):
+        raise UserError("say what the model reads: --text FILE or --prompt TEXT")
+    if len(args.checkpoints) > 2:
+        raise UserError(f"{len(args.checkpoints)} checkpoints are too many: a page shows one, or two side by side")
+    text = args.prompt if args.text is None else read_text(args.text)
+    explorations = []
+    for checkpoint in args.checkpoints:
+        model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+        if args.corpus is not None:
+            documents = read_documents(
+                args.corpus, text_field=args.text_field, document_separator=args.document_separator
+            )
+            corpus = {"corpus": documents, "corpus_name": args.corpus}
+        else:
+            corpus = corpus_of_run(checkpoint)
+        exploration = explore(
+            model,
+            text,
+            tokenizer,
+            name=checkpoint,
+            progress=sys.stdout.isatty(),
+            **corpus,
+            **_given(args, "max_tokens"),
+        )
+        explorations.append(exploration)
+    out = args.out or Path(os.path.expanduser(args.checkpoints[0])) / "explore.html"
+    write_page(explorations, out, text_name="the prompt" if args.text is None else os.path.basename(args.text))
+    for exploration in explorations:
+        print(
+            f"{exploration.name}: {len(exploration.pieces):,} tokens, loss {exploration.losses.mean():.4f} nats a token"
+        )
+        print(f"  rarity and what experts like: from {exploration.corpus_name}")
+    print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 def _texts(args: argparse.Namespace) -> Iterator[str]:
@@ -498,6 +540,35 @@ tokens go to mLSTM experts; the load. Writes analysis.json and pictures; docs/an
     sub.set_defaults(task=None)
 
     sub = command(
+        "explore",
+        explore,
+        "see where the tokens of a text go, and why: one HTML page",
+        """\
+The page shows the text shaded by difficulty, loss, entropy or group; the load; what each expert likes and how far back
+it remembers; and the odds beside the theory. It opens without a network. Two checkpoints stand side by side:
+  moxe explore runs/default runs/no-group --text my_text.txt --out page.html
+docs/explore.md reads a page.""",
+    )
+    sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="one or two folders of trained MoxE models")
+    sub.add_argument("--text", metavar="FILE", help="UTF-8 text that the model reads")
+    sub.add_argument("--prompt", metavar="TEXT", help="the same, given here")
+    sub.add_argument(
+        "--tokens",
+        dest="max_tokens",
+        type=_whole_number(1, MOST_TOKENS),
+        metavar="N",
+        help=f"take the first N tokens (default: all; a text of more than {MOST_TOKENS:,} is refused)",
+    )
+    sub.add_argument(
+        "--corpus",
+        metavar="FILE_OR_FOLDER",
+        help="text that says how rare a token is and what an expert likes: .txt, .jsonl or .parquet (default: the "
+        "built-in corpus if the run was trained on it, else the text itself)",
+    )
+    _add_text_format(sub)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: CHECKPOINT/explore.html)")
+
+    sub = command(
         "doctor",
         doctor,
         "say which backends this machine has and check each",
@@ -580,6 +651,10 @@ def _add_text(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--data", required=required, metavar="FILE_OR_FOLDER", help="text to read: .txt, .jsonl or .parquet"
     )
+    _add_text_format(parser)
+
+
+def _add_text_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field",
         default=DataConfig.text_field,

@@ -6,3 +6,4 @@ TABLES = {
     "table2": "MoxE with one part removed or changed",
     "figures": "what the figures need: the models of Table 1, and MoxE without the group loss",
 }
+MOST_TOKENS = 20_000  # on a page of `moxe explore`, which would no longer scroll and search well with more

@@ -5,7 +5,7 @@ Legend: B windows side by side, S tokens of a chunk, E experts, K experts a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from moxe.models.configuration_moxe import MoxEConfig
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.modules.router import RouterOutput
 from moxe.observability.analysis import MINIMUM_TOKENS, RoutingAnalysis, analyse_tokens
+from moxe.observability.routing import combine_routing
 
 # More than tokens of text have on average, so that of a huge document only the beginning is made into tokens.
 CHARACTERS_A_TOKEN = 32
@@ -102,7 +103,7 @@ def analyse_routing(
     check_vocabulary(model, [window.tokens for window in windows])
     chunks = sorted(_read(model, windows, batch_size, progress), key=lambda chunk: (chunk.window, chunk.begin))
     return analyse_tokens(
-        [_concatenated([chunk.routing[layer] for chunk in chunks]) for layer in range(model.config.num_hidden_layers)],
+        [combine_routing(parts, torch.cat) for parts in zip(*(chunk.routing for chunk in chunks), strict=True)],
         torch.cat([chunk.losses for chunk in chunks]),
         torch.cat([chunk.token_ids for chunk in chunks]),
         torch.cat([torch.full_like(chunk.token_ids, windows[chunk.window].document) for chunk in chunks]),
@@ -170,20 +171,4 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _tokens_of(layer: RouterOutput, row: int, columns: slice) -> RouterOutput:
     """The tokens [T] in some columns of one row of a layer's routing [B, S], on the CPU."""
-    return _of_parts([layer], lambda parts: parts[0][row, columns].cpu())
-
-
-def _concatenated(parts: list[RouterOutput]) -> RouterOutput:
-    return _of_parts(parts, torch.cat)
-
-
-def _of_parts(parts: list[RouterOutput], function: Callable[[list[Tensor]], Tensor]) -> RouterOutput:
-    """Applies a function to the tensors of the same name."""
-    difficulties = [part.difficulty for part in parts if part.difficulty is not None]
-    return RouterOutput(
-        logits=function([part.logits for part in parts]),
-        unbiased_logits=function([part.unbiased_logits for part in parts]),
-        difficulty=function(difficulties) if difficulties else None,
-        expert_indices=function([part.expert_indices for part in parts]),
-        expert_weights=function([part.expert_weights for part in parts]),
-    )
+    return combine_routing([layer], lambda parts: parts[0][row, columns].cpu())

@@ -192,10 +192,10 @@ def analyse_tokens(
         raise UserError(f"the text gives {len(token_ids)} tokens to analyse, but at least {MINIMUM_TOKENS} are needed")
     ids = token_ids.cpu().numpy().astype(np.int64)
     text = _Text(
-        losses=_finite_array(losses, "the losses"),
+        losses=finite_array(losses, "the losses"),
         token_ids=ids,
-        rarity=_rarity(ids, token_counts),
-        blocks=ClusterBootstrap(_blocks(documents.cpu().numpy()), seed=seed),
+        rarity=token_rarity(ids, token_counts),
+        blocks=ClusterBootstrap(text_blocks(documents.cpu().numpy()), seed=seed),
         types=ClusterBootstrap(np.unique(ids, return_inverse=True)[1], seed=seed),
     )
     return RoutingAnalysis(
@@ -236,15 +236,19 @@ class _Text:
         return wider(*(least_squares_slopes(drawn, self.rarity, values)[0] for drawn in (self.blocks, self.types)))
 
 
-def _blocks(documents: Ints) -> Ints:
+def text_blocks(documents: Ints) -> Ints:
     """[N] number of each token's block: at most `BLOCK_LENGTH` consecutive tokens of a document."""
     begins = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
     place = np.arange(len(documents)) - np.repeat(begins, np.diff(begins, append=len(documents)))
     return np.cumsum(place % BLOCK_LENGTH == 0) - 1
 
 
-def _rarity(token_ids: Ints, token_counts: Mapping[int, int] | None) -> Floats:
-    """[N] -log of the relative frequency of each token, nats."""
+def token_rarity(token_ids: Ints, token_counts: Mapping[int, int] | None) -> Floats:
+    """[N] -log of the relative frequency of each token, nats.
+
+    The frequencies are those of `token_counts`, where a token that is not there counts as if it were there once; None:
+    those of the tokens themselves.
+    """
     distinct, inverse, here = np.unique(token_ids, return_inverse=True, return_counts=True)
     if token_counts is None:
         counts, total = here, len(token_ids)
@@ -254,25 +258,25 @@ def _rarity(token_ids: Ints, token_counts: Mapping[int, int] | None) -> Floats:
     return (math.log(total) - np.log(counts))[inverse]
 
 
-def _finite_array(values: Tensor, what: str) -> Floats:
+def finite_array(values: Tensor, what: str) -> Floats:
     array = values.detach().double().cpu().numpy()
     if not np.isfinite(array).all():
         raise UserError(f"{what} are not all finite: the model has diverged, so there is nothing to analyse")
     return array
 
 
-def _log_odds(logits: Floats) -> Floats:
+def group_log_odds(logits: Floats) -> Floats:
     """[N] log(P_M / P_S) for logits [N, E]."""
     half = logits.shape[1] // 2
     return np.logaddexp.reduce(logits[:, :half], axis=1) - np.logaddexp.reduce(logits[:, half:], axis=1)
 
 
 def _analyse_layer(text: _Text, layer: RouterOutput, number: int, expert_kind: str) -> LayerAnalysis:
-    logits = _finite_array(layer.logits, f"the router logits of layer {number}")
+    logits = finite_array(layer.logits, f"the router logits of layer {number}")
     experts = layer.expert_indices.cpu().numpy()  # [N, K]
     (num_tokens, num_experts), k = logits.shape, experts.shape[1]
     to_m = (experts < num_experts // 2).sum(1).astype(float)  # [N] assignments to group M
-    log_odds = _log_odds(logits)
+    log_odds = group_log_odds(logits)
     share_with_rarity = text.with_rarity(to_m / k)
     (mlstm_share,) = ratios(text.blocks, to_m[:, None], np.full((num_tokens, 1), float(k)))
     assert mlstm_share is not None  # a share of k > 0 assignments a token
@@ -293,9 +297,9 @@ def _analyse_difficulty(
 ) -> DifficultyAnalysis | None:
     if layer.difficulty is None:
         return None
-    difficulty = _finite_array(layer.difficulty, f"the difficulties of layer {number}")
-    raw_logits = _finite_array(layer.unbiased_logits, f"the unbiased router logits of layer {number}")
-    raw_odds = _log_odds(raw_logits)
+    difficulty = finite_array(layer.difficulty, f"the difficulties of layer {number}")
+    raw_logits = finite_array(layer.unbiased_logits, f"the unbiased router logits of layer {number}")
+    raw_odds = group_log_odds(raw_logits)
     entropy = normalised_entropy(layer.unbiased_logits.double()).cpu().numpy()
     bins = np.minimum((difficulty * HISTOGRAM_BINS).astype(int), HISTOGRAM_BINS - 1)
     histogram = np.bincount(bins, minlength=HISTOGRAM_BINS)

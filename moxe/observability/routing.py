@@ -5,7 +5,7 @@ Legend: B rows, S tokens, E experts, K experts a token, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,3 +101,15 @@ def routing_statistics(
     meter = RoutingMeter(num_experts)
     meter.add(routing, attention_mask)
     return meter.compute()
+
+
+def combine_routing(parts: Sequence[RouterOutput], function: Callable[[list[Tensor]], Tensor]) -> RouterOutput:
+    """One routing of several: each tensor is what `function` makes of the parts' tensors of its name."""
+    difficulties = [part.difficulty for part in parts if part.difficulty is not None]
+    return RouterOutput(
+        logits=function([part.logits for part in parts]),
+        unbiased_logits=function([part.unbiased_logits for part in parts]),
+        difficulty=function(difficulties) if difficulties else None,
+        expert_indices=function([part.expert_indices for part in parts]),
+        expert_weights=function([part.expert_weights for part in parts]),
+    )

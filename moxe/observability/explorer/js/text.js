@@ -1,0 +1,105 @@
+// The text: every token is an option of a list, shaded by the chosen measure.
+
+const SHADES = 7;
+
+// Where the shades begin and end, the same for all models of the page. Nine in ten tokens or more lie between the ends; one
+// far out would make all others look alike.
+function endsOf(models, name, layer) {
+  if (MEASURES[name].range) return MEASURES[name].range;
+  const values = models.filter((model) => hasMeasure(model, name)).flatMap((model) => valuesOf(model, name, layer));
+  const known = d3.sort(values.filter((value) => value !== null));
+  return [d3.quantile(known, 0.02) ?? 0, d3.quantile(known, 0.98) ?? 0];
+}
+
+function shadeOf(value, [low, high]) {
+  if (value === null || !(high > low)) return 0;
+  return Math.min(SHADES - 1, Math.max(0, Math.floor((SHADES * (value - low)) / (high - low))));
+}
+
+function makeText(parts, model, choose) {
+  const tokens = model.pieces.map((text, index) => {
+    const shown = text === "" ? "·" : text.replaceAll("\n", "↵\n");
+    return element("span", { role: "option", "aria-selected": "false", "data-token": index }, shown);
+  });
+  parts.text.append(...tokens);
+  const indexOf = (event) => {
+    const token = event.target.closest?.("[data-token]");
+    return token ? Number(token.dataset.token) : null;
+  };
+  parts.text.addEventListener("pointerover", (event) => {
+    const index = indexOf(event);
+    if (index !== null && event.pointerType === "mouse") choose({ pointed: index });
+  });
+  parts.text.addEventListener("pointerleave", () => choose({ pointed: null }));
+  parts.text.addEventListener("click", (event) => {
+    const index = indexOf(event);
+    if (index !== null) tokens[index].focus();
+  });
+  parts.text.addEventListener("focusin", (event) => choose({ focused: indexOf(event) }));
+  arrowKeys(tokens, (index, key) => {
+    if (key === "ArrowRight") return index + 1;
+    if (key === "ArrowLeft") return index - 1;
+    if (key === "Home") return 0;
+    if (key === "End") return tokens.length - 1;
+    if (key === "ArrowDown") return nearestInLine(tokens, index, 1);
+    if (key === "ArrowUp") return nearestInLine(tokens, index, -1);
+    return undefined;
+  });
+  return tokens;
+}
+
+// The token of the next line (or the one before) that is nearest to being above or below this one.
+function nearestInLine(tokens, index, direction) {
+  const place = (token) => token.getClientRects()[0] ?? token.getBoundingClientRect();
+  const here = place(tokens[index]);
+  let best;
+  let line = null;
+  for (let other = index + direction; tokens[other] !== undefined; other += direction) {
+    const there = place(tokens[other]);
+    if (Math.abs(there.top - here.top) < here.height / 2) continue;
+    line ??= there.top;
+    if (Math.abs(there.top - line) >= here.height / 2) break;
+    const distance = Math.abs(there.left - here.left);
+    if (best === undefined || distance < best.distance) best = { distance, other };
+  }
+  return best?.other;
+}
+
+function shadeText(parts, model, tokens, { measure, layer }, ends) {
+  const { label, unit = "", byLayer } = MEASURES[measure];
+  if (!hasMeasure(model, measure)) {
+    parts["key-title"].textContent = "The standard router of this model has no difficulty to shade by.";
+    parts.key.replaceChildren();
+    tokens.forEach((token) => token.removeAttribute("class"));
+    return;
+  }
+  const values = valuesOf(model, measure, layer);
+  tokens.forEach((token, index) => {
+    token.className = `s${shadeOf(values[index], ends)}`;
+    const value = values[index] === null ? "none" : decimal(values[index]) + unit;
+    token.setAttribute("aria-label", `${spoken(model.pieces[index])}, ${label} ${value}`);
+  });
+  const where = byLayer ? `, ${layerLabel(layerIn(model, layer))}` : "";
+  const isGroups = measure === "group_m";
+  const colours = isGroups ? "blue: group M, orange: group S" : "the stronger the colour, the more";
+  parts["key-title"].textContent = `Shaded by ${label}${where}; ${colours}.`;
+  const step = (ends[1] - ends[0]) / SHADES;
+  const bounds = d3.range(SHADES).map((shade) => decimal(ends[0] + shade * step));
+  const range = (shade) => {
+    if (!(step > 0)) return shade === 0 ? `all ${bounds[0]}${unit}` : null;
+    if (shade === 0) return `below ${bounds[1]}${unit}`;
+    return shade === SHADES - 1 ? `from ${bounds[shade]}${unit}` : `from ${bounds[shade]}`;
+  };
+  const items = d3.range(SHADES).filter((shade) => range(shade) !== null);
+  parts.key.replaceChildren(...items.map((shade) => element("li", { class: `s${shade}` }, range(shade))));
+  parts.text.classList.toggle("groups", isGroups);
+  parts.key.classList.toggle("groups", isGroups);
+}
+
+function lightText(parts, model, tokens, expert) {
+  parts.text.classList.toggle("lit", expert !== null);
+  tokens.forEach((token, index) => {
+    const isLit = expert !== null && expertsOf(model, expert.layer, index).some((one) => one.expert === expert.expert);
+    token.classList.toggle("lit", isLit);
+  });
+}

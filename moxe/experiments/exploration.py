@@ -87,7 +87,7 @@ def explore(
     """
     if not isinstance(model, MoxEForCausalLM) or not isinstance(model.config, MoxEConfig):
         raise UserError(
-            f"{name} is a {type(model).__name__}, which has no router of MoxE's: there is no routing to see"
+            f"{name} is a {type(model).__name__}, which has no entropy-aware router: only a MoxE model can be explored"
         )
     pieces, tokens = _tokens_of(text, tokenizer, max_tokens)
     check_vocabulary(model, [tokens])

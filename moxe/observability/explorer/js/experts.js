@@ -65,17 +65,24 @@ function memoryChart(model, memory) {
     .map((one, expert) => ({ ...one, expert, name: expertName(model, expert), group: groupOf(model, expert) }))
     .filter(({ tokens }) => tokens > 0)
     .map((row) => {
-      // A logarithmic axis has no place for 0: a token that is forgotten at once is drawn at half a token.
-      const [low, median, high] = row.reach_quantiles.map((reach) => Math.max(0.5, reach ?? row.reach_bound));
+      const [low, median, high] = row.reach_quantiles.map((reach) => reach ?? row.reach_bound);
       return { ...row, low, median, high, isBeyond: row.reach_quantiles[1] === null };
     });
+  const most = d3.max(rows, ({ high }) => high) ?? 0;
   const chart = Plot.plot({
     style: CHART_STYLE,
     width: 560,
     height: 70 + 22 * rows.length,
     marginLeft: 50,
-    marginBottom: 42,
-    x: { type: "log", label: "half of the weight is left so many text tokens back →", grid: true, tickFormat: "~s", ticks: 5 },
+    marginBottom: 46,
+    x: {
+      type: "symlog", // logarithmic, with a place for 0: a token that is forgotten at once
+      label: "half of the weight is left so many text tokens back →",
+      labelOffset: 38,
+      grid: true,
+      ticks: [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000].filter((tick) => tick <= most),
+      tickFormat: "d",
+    },
     y: { label: null, domain: rows.map(({ name }) => name) },
     marks: [
       Plot.ruleY(rows, { y: "name", x1: "low", x2: "high", stroke: ({ group }) => colour(group.toLowerCase()), strokeWidth: 5, strokeOpacity: 0.4 }),

@@ -23,12 +23,15 @@ function showLoad(parts, model, choose) {
   const chart = Plot.plot({
     style: CHART_STYLE,
     width: Math.max(320, 70 + (isWide ? 46 : 26) * model.settings.num_experts),
-    height: 70 + 30 * model.layers.length,
+    height: 80 + 30 * model.layers.length,
     marginLeft: 60,
-    x: { domain: [...names.slice(0, half), " ", ...names.slice(half)], label: null, tickSize: 0 },
+    marginBottom: 45,
+    x: { domain: [...names.slice(0, half), " ", ...names.slice(half)] },
     y: { label: "layer", domain: d3.range(model.layers.length), tickSize: 0 },
     color: { type: "linear", domain: [0, most], range: [colour("page"), colour("heat")] },
     marks: [
+      groupAxis(model, "M", names.slice(0, half)),
+      groupAxis(model, "S", names.slice(half)),
       Plot.cell(cells, {
         x: "name",
         y: "layer",
@@ -70,6 +73,22 @@ function showLoad(parts, model, choose) {
     "Choose an expert to light up its tokens in the text.";
   parts.load.replaceChildren(chart);
   return { cells, buttons };
+}
+
+// The names of a group's experts in its colour, and below them what the group is.
+function groupAxis(model, group, names) {
+  const style = { color: colour(group.toLowerCase()), tickSize: 0, label: null };
+  const middle = names[Math.floor((names.length - 1) / 2)];
+  return [
+    Plot.axisX(names, style),
+    Plot.text([middle], {
+      x: [middle],
+      text: [`group ${group}: ${kindOf(model, group)}`],
+      frameAnchor: "bottom",
+      dy: 34,
+      fill: style.color,
+    }),
+  ];
 }
 
 function markLoad({ cells, buttons }, chosen) {

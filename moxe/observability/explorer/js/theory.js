@@ -60,8 +60,8 @@ function layerFigure(model, one, layer) {
     style: CHART_STYLE,
     width: 320,
     height: 240,
-    marginBottom: 42,
-    x: { label: "difficulty d →", nice: true },
+    marginBottom: 46,
+    x: { label: "difficulty d →", labelOffset: 38, nice: true },
     y: { label: "↑ log(P_M / P_S)", nice: true, grid: true },
     color: { legend: true, domain: ["fitted slope", theoryName], range: [colour("m"), colour("s")] },
     marks: [
@@ -73,14 +73,23 @@ function layerFigure(model, one, layer) {
     style: CHART_STYLE,
     width: 320,
     height: 130,
-    marginBottom: 42,
-    x: { label: "difficulty d →", domain: [0, 1] },
+    marginBottom: 46,
+    x: { label: "difficulty d →", labelOffset: 38, domain: [0, 1] },
     y: { label: "↑ tokens", ticks: 3 },
     marks: [Plot.rectY(one.difficulty, Plot.binX({ y: "count" }, { thresholds: d3.range(0, 1.0001, 0.025), fill: colour("m") })), Plot.ruleY([0])],
   });
   describe(odds, `layer ${layer}: log-odds of group M against the difficulty; the slopes stand in the table`);
   describe(histogram, `layer ${layer}: histogram of the difficulty; mean and variance stand in the table`);
-  return element("figure", {}, element("figcaption", {}, element("h4", {}, `Layer ${layer}`)), odds, histogram);
+  const spread = `mean ${decimal(centre.d, 3)}, variance ${one.difficulty_variance.toPrecision(2)}`;
+  return element(
+    "figure",
+    { "data-layer": layer },
+    element("figcaption", {}, element("h4", {}, `Layer ${layer}`)),
+    odds,
+    element("p", { class: "note" }, `Difficulty of the tokens: ${spread}`),
+    histogram,
+    one.is_collapsed ? warning("The difficulty has collapsed here: it is nearly the same for all tokens.") : null,
+  );
 }
 
 // A chart with a legend is a figure, whose last svg is the chart.

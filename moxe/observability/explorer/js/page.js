@@ -126,12 +126,18 @@ function chooseToken(change) {
 function chooseExpert(expert) {
   state.expert = expert;
   controls.clear.disabled = expert === null;
+  controls.clear.textContent = expert === null ? "All experts" : `Only ${expertTitle(expert)}: show all`;
   for (const view of views) {
     if (expert?.view === view) view.expertsLayer = expert.layer;
     markLoad(view.load, view.expert());
     view.light();
     view.showExperts();
   }
+}
+
+function expertTitle({ view, layer, expert }) {
+  const name = `${expertName(view.model, expert)} of layer ${layer}`;
+  return models.length > 1 ? `${name}, ${view.model.name}` : name;
 }
 
 function fillControls() {

@@ -12,24 +12,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moxe.observability.analysis import HISTOGRAM_BINS, DifficultyAnalysis, LayerAnalysis, RoutingAnalysis
-from moxe.observability.figures import BLUE, GREY, ORANGE, grid, save
+from moxe.observability.figures import BLUE, FORMATS, GREY, ORANGE, grid, save_all
 
-FORMATS = ("png", "svg")
 _EDGES = np.linspace(0, 1, HISTOGRAM_BINS + 1)
 _LARGEST_DOT = 120.0  # points squared
 
 
 def draw_analysis(analysis: RoutingAnalysis, output_dir: str | Path) -> list[Path]:
     """Draw odds, difficulty (unless the router has none) and rarity as .png and .svg in `output_dir`."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     of_layers = [layer.difficulty for layer in analysis.layers]
     difficulties = [difficulty for difficulty in of_layers if difficulty is not None]
     figures = {"rarity": _draw_rarity(analysis.layers)}
     if len(difficulties) == len(of_layers):
         figures["odds"] = _draw_odds(analysis, difficulties)
         figures["difficulty"] = _draw_difficulty(difficulties)
-    return [save(figure, output_dir / f"{name}.{suffix}") for name, figure in figures.items() for suffix in FORMATS]
+    return save_all(figures, Path(output_dir), FORMATS)
 
 
 def _draw_odds(analysis: RoutingAnalysis, difficulties: list[DifficultyAnalysis]) -> Figure:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,7 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY)
 MARKERS = "osD^vP*X<>"
+# A picture to look at, and one for print.
+FORMATS = ("png", "svg")
 
 
 def grid(panels: int, columns: int, xlabel: str) -> tuple[Figure, Sequence[Axes]]:
@@ -33,10 +36,19 @@ def grid(panels: int, columns: int, xlabel: str) -> tuple[Figure, Sequence[Axes]
     return figure, axes
 
 
+def save_all(figures: Mapping[str, Figure], output_dir: Path, formats: Sequence[str]) -> list[Path]:
+    """Write each figure by its name in each format, and make the folder if it is not there."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return [save(figure, output_dir / f"{name}.{suffix}") for name, figure in figures.items() for suffix in formats]
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure in the format of the path's suffix; the same figure gives the same file."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    with mpl.rc_context({"svg.hashsalt": "moxe"}):  # names inside an SVG are random otherwise
-        figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
-    os.replace(temporary, path)
+    try:
+        with mpl.rc_context({"svg.hashsalt": "moxe"}):  # names inside an SVG are random otherwise
+            figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what a full disk leaves
     return path

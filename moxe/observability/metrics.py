@@ -13,11 +13,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moxe.errors import UserError
 from moxe.files import write_whole
+
+# What a line holds beside numbers, and what it holds of each layer.
+_NESTED = ("layers", "gradient_norms", "validation_layers")
+_OF_A_LAYER = ("load", "difficulty_mean", "difficulty_variance", "router_entropy", "mlstm_share")
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """A metrics.jsonl by kind of line.
+
+    Args:
+        training: its training lines, at least one, all of the same layers and experts.
+        validation: its validation lines.
+    """
+
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
 
 
 class MetricsFile:
@@ -51,6 +69,58 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no valid UTF-8: {error}") from None
     return [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def read_run(path: str | Path) -> RunMetrics:
+    """The lines of the run whose metrics.jsonl this is, also of one that goes on or was killed.
+
+    Raises:
+        UserError: if there is no such file, no training line in it, or a line that is none of a training, naming it.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no metrics file {str(path)!r} to draw")
+    records = read_metrics(path)
+    run = RunMetrics(
+        training=[record for record in records if "layers" in record],
+        validation=[record for record in records if "validation_loss" in record],
+    )
+    if not run.training:
+        raise UserError(f"{path} holds no training line to draw")
+    for number, record in enumerate(records, 1):
+        if flaw := _flaw(record, run.training[0]):
+            raise UserError(f"line {number} of {path} is damaged: {flaw}")
+    return run
+
+
+def _flaw(record: dict[str, Any], first: dict[str, Any]) -> str | None:
+    """Why this is no line of the run with this first training line; None: it is one."""
+    if "step" not in record:
+        return "it has no step"
+    norms = record.get("gradient_norms", {})
+    if not isinstance(norms, dict):
+        return "its gradient_norms are no JSON object"
+    numbers = {key: value for key, value in record.items() if key not in _NESTED} | norms
+    for key, value in numbers.items():
+        if not isinstance(value, int | float):
+            return f"its {key} is no number"
+    if "layers" in record and (_shape(record["layers"]) is None or _shape(record["layers"]) != _shape(first["layers"])):
+        return "its layers are not those of a training line, or not those of the lines before"
+    return None
+
+
+def _shape(layers: Any) -> list[int] | None:
+    """How many experts each layer has; None for what are no layers of a training line."""
+    if not isinstance(layers, list):
+        return None
+    for layer in layers:
+        if not isinstance(layer, dict) or any(name not in layer for name in _OF_A_LAYER):
+            return None
+        load, *others = (layer[name] for name in _OF_A_LAYER)
+        if not isinstance(load, list) or not load or not all(isinstance(share, int | float) for share in load):
+            return None
+        if not all(value is None or isinstance(value, int | float) for value in others):
+            return None
+    return [len(layer["load"]) for layer in layers]
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Pictures of a run, drawn from its metrics.jsonl alone.
 
-losses.png: every term of the loss over training, as in the paper's Figure 3. utilisation.png: the load of every expert
-of every layer, as in Figure 8. routing.png: difficulty, router entropy and the share of the mLSTM experts, by layer.
-gradients.png: the norm of the gradient of each part of the model, where the lines hold it.
+losses: every term of the loss over training, as in the paper's Figure 3. utilisation: the load of every expert of every
+layer, as in Figure 8. routing: difficulty, router entropy and the share of the mLSTM experts, by layer. gradients: the
+norm of the gradient of each part of the model, where the lines hold it. speed: tokens a second.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,19 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from moxe.errors import UserError
-from moxe.observability.figures import BLUE, GREY, MARKERS, ORANGE, grid, save
-from moxe.observability.metrics import read_metrics
+from moxe.observability.figures import BLUE, FORMATS, GREY, MARKERS, ORANGE, grid, save_all
+from moxe.observability.metrics import read_run
 
 _GROUP_M, _GROUP_S = BLUE, ORANGE
-# Title and key of each panel of losses.png.
-_LOSS_PANELS = (
+# Title and key of each panel of losses and of routing.
+LOSS_PANELS = (
     ("Cross-entropy (nats a token)", "lm_loss"),
     ("Router z-loss", "z_loss"),
     ("Load balancing (1 = uniform)", "load_balancing_loss"),
     ("Difficulty loss", "difficulty_loss"),
     ("Group loss", "group_loss"),
 )
-_ROUTING_PANELS = (
+ROUTING_PANELS = (
     ("Difficulty, mean", "difficulty_mean"),
     ("Difficulty, variance", "difficulty_variance"),
     ("Router entropy (1 = uniform)", "router_entropy"),
@@ -37,35 +37,35 @@ _ROUTING_PANELS = (
 )
 
 
-def draw_run(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
+def draw_run(metrics_path: str | Path, output_dir: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw the pictures of the run whose metrics.jsonl this is.
 
+    Args:
+        metrics_path: of a run that is finished, goes on, or was killed.
+        output_dir: made if it is not there, once everything is drawn.
+        formats: endings of the files.
+
     Returns:
-        The files written: losses.png, utilisation.png, routing.png, gradients.png in `output_dir`; of a model without
-        routers the first and the last.
+        The files written: losses, utilisation, routing, gradients and speed, as far as the lines hold them; of a model
+        without routers neither utilisation nor routing.
 
     Raises:
-        UserError: if there is no such file, or no training line in it.
+        UserError: if there is no such file, no training line in it, or a damaged line.
     """
-    if not Path(metrics_path).is_file():
-        raise UserError(f"there is no metrics file {str(metrics_path)!r} to draw")
-    records = read_metrics(metrics_path)
-    training = [record for record in records if "layers" in record]
-    validation = [record for record in records if "validation_loss" in record]
-    if not training:
-        raise UserError(f"{metrics_path} holds no training line to draw")
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    figures = {"losses.png": _draw_losses(training, validation)}
+    run = read_run(metrics_path)
+    training = run.training
+    figures = {"losses": _draw_losses(training, run.validation)}
     if training[0]["layers"]:
-        figures |= {"utilisation.png": _draw_utilisation(training), "routing.png": _draw_routing(training)}
+        figures |= {"utilisation": _draw_utilisation(training), "routing": _draw_routing(training)}
     if "gradient_norms" in training[-1]:
-        figures["gradients.png"] = _draw_gradients(training)
-    return [save(figure, output_dir / name) for name, figure in figures.items()]
+        figures["gradients"] = _draw_gradients(training)
+    if any(map(math.isfinite, _column(training, "tokens_per_second"))):
+        figures["speed"] = _draw_speed(training)
+    return save_all(figures, Path(output_dir), formats)
 
 
 def _draw_losses(training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
-    panels = [panel for panel in _LOSS_PANELS if panel[1] in training[0]]
+    panels = [panel for panel in LOSS_PANELS if panel[1] in training[0]]
     figure, axes = grid(len(panels) + 1, columns=3, xlabel="step")
     for axis, (title, key) in zip(axes, panels, strict=False):
         axis.plot(_column(training, "step"), _column(training, key), color=BLUE, label="training", linewidth=1.5)
@@ -124,7 +124,7 @@ def _draw_utilisation(training: list[dict[str, Any]]) -> Figure:
 
 def _draw_routing(training: list[dict[str, Any]]) -> Figure:
     first = training[0]["layers"]
-    panels = [panel for panel in _ROUTING_PANELS if first[0][panel[1]] is not None]
+    panels = [panel for panel in ROUTING_PANELS if first[0][panel[1]] is not None]
     figure, axes = grid(len(panels), columns=2, xlabel="step")
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(first)))
     for axis, (title, key) in zip(axes, panels, strict=True):
@@ -166,6 +166,20 @@ def _draw_gradients(training: list[dict[str, Any]]) -> Figure:
     if any(0 < norm < math.inf for norm in _column(training, "gradient_norm")):
         axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _draw_speed(training: list[dict[str, Any]]) -> Figure:
+    """The median too: the first lines of a run are slower, and so is one that shares the machine for a while."""
+    speed = _column(training, "tokens_per_second")
+    figure, (axis,) = grid(1, columns=1, xlabel="step")
+    figure.set_size_inches(6.4, 3.6)
+    axis.plot(_column(training, "step"), speed, color=BLUE, linewidth=1.5)
+    median = np.median([value for value in speed if math.isfinite(value)])
+    axis.axhline(median, color="black", linewidth=1, linestyle=(0, (4, 3)), label=f"median {median:,.0f}")
+    axis.set_title("Tokens a second")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
     return figure
 
 

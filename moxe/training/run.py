@@ -141,7 +141,7 @@ def _train_and_evaluate(
 
         trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         folder.write_model(trained, tokenizer)
-        plots = draw_run(folder.metrics_path, folder.plots_path)
+        plots = draw_run(folder.metrics_path, folder.plots_path, formats=["png"])
         evaluation = {
             "training": {
                 "steps": trainer.state.global_step,

@@ -72,8 +72,8 @@ def test_a_run_leaves_what_a_run_of_moxe_leaves(name: str, text_file: Path, tmp_
     assert {key.removeprefix("validation_") for key in validation[0] if key.endswith("loss")} == LOSSES[name]
     assert training[0]["layers"] == validation[0]["validation_layers"] == []
     assert validation[1]["validation_lm_loss"] < validation[0]["validation_lm_loss"]
-    drawn = draw_run(result.path / "metrics.jsonl", tmp_path / "plots")
-    assert {path.name for path in drawn} == {"losses.png", "gradients.png"}
+    drawn = draw_run(result.path / "metrics.jsonl", tmp_path / "plots", formats=["png"])
+    assert {path.name for path in drawn} == {"losses.png", "gradients.png", "speed.png"}
     for record in training:
         squares = sum(norm**2 for norm in record["gradient_norms"].values())
         assert squares == pytest.approx(record["gradient_norm"] ** 2, rel=1e-4)

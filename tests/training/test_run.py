@@ -48,6 +48,7 @@ def test_a_run_leaves_a_whole_folder(finished: Finished):
         "utilisation.png",
         "routing.png",
         "gradients.png",
+        "speed.png",
     }
     assert logged_steps(path) == ALL_STEPS
     assert load_recipe(path / "recipe.yaml") == finished.recipe

@@ -230,6 +230,24 @@ def explore(args: argparse.Namespace) -> None:
     print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
+def plot(args: argparse.Namespace) -> None:
+    from moxe.observability.comparison import draw_comparison
+    from moxe.observability.plots import draw_run
+    from moxe.training.settings import find_run, group_by_setting
+
+    runs = [find_run(run) for run in args.runs]
+    if len(runs) > 1:
+        settings = group_by_setting(runs)
+        pictures = draw_comparison(settings, args.out or Path("plots"))
+        for label, paths in settings.items():
+            print(f"{label}: {', '.join(map(str, paths))}")
+    elif runs[0].label is not None:
+        raise UserError(f"the label {runs[0].label!r} tells runs apart: give several runs, or leave it out")
+    else:
+        pictures = draw_run(runs[0].metrics, args.out or runs[0].metrics.parent / "plots")
+    print("written: " + ", ".join(map(str, pictures)))
+
+
 def _texts(args: argparse.Namespace) -> Iterator[str]:
     from moxe.data.sources import read_documents
     from moxe.evaluation.last_word import LAMBADA
@@ -435,6 +453,7 @@ examples:
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
   moxe analyse runs/default --data corpus.txt           whether the routing does what the theory says
+  moxe plot runs/default                                pictures of a run, or of several on common axes
   moxe doctor                                           which backends are here, and whether they are right
   moxe verify-resume default                            kill a training, go on, compare the weights
   moxe reproduce table1                                 the paper's Table 1 at a scale that a laptop can train
@@ -567,6 +586,26 @@ docs/explore.md reads a page.""",
     )
     _add_text_format(sub)
     sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: CHECKPOINT/explore.html)")
+
+    sub = command(
+        "plot",
+        plot,
+        "draw the pictures of one or several training runs",
+        """\
+Reads metrics.jsonl alone, also of a run that goes on or was killed, and writes each picture as PNG and SVG: losses,
+utilisation of the experts, routing, gradients, tokens a second. Several runs share their axes:
+  moxe plot runs/full-0 runs/full-1 runs/no-group-0 runs/no-group-1
+  moxe plot full=runs/a full=runs/b "no group loss=runs/c" --out figures
+
+Runs with the same label are one line, their mean, in a band from the least to the greatest of them. Without labels so
+are runs whose recipe.yaml differs in the seed alone; names, paths and how often a run logs do not count.""",
+    )
+    sub.add_argument(
+        "runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run, such as runs/default, or a metrics.jsonl"
+    )
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the files (default: RUN/plots; for several runs: plots)"
+    )
 
     sub = command(
         "doctor",

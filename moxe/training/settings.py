@@ -23,7 +23,7 @@ _OF_A_SEED = {
     "training": MAY_CHANGE["training"] - {"num_threads"} | {"seed"},
     "model": MAY_CHANGE["model"] - {"backend"},
 }
-_LONGEST_DIFFERENCE = 40  # letters, of a label made of settings
+_LONGEST_DIFFERENCE = 48  # letters, of a label made of settings
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def _written(value: Any) -> str:
 
 
 def _by_folder(settings: Sequence[_Setting]) -> list[str]:
-    """By name of its folder; for several runs what these have in common, without a number or a `seed` at the end."""
+    """By name of its folder; of several names what these have in common, without a number or a `seed` at the end."""
     names = []
     for setting in settings:
         name = setting.runs[0].name
-        if len(setting.runs) > 1:
+        if len({run.name for run in setting.runs}) > 1:
             letters = zip(*(run.name for run in setting.runs), strict=False)
             common = "".join(of_runs[0] for of_runs in takewhile(lambda of_runs: len({*of_runs}) == 1, letters))
             name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d*$", "", common) or name

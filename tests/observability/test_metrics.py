@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moxe.errors import UserError
-from moxe.observability.metrics import MetricsFile, read_metrics
+from moxe.observability.metrics import MetricsFile, RunMetrics, read_metrics, read_run
+from tests.observability.runs import read_lines, write_lines, write_run
 
 
 def steps(path: Path) -> list[int]:
@@ -65,3 +68,46 @@ def test_numbers_that_are_not_finite_are_written(tmp_path: Path):
     (record,) = read_metrics(path)
     assert math.isnan(record["loss"])
     assert math.isinf(record["gradient_norm"])
+
+
+def test_a_run_is_read_by_kind_of_line_without_one_that_was_cut_off(tmp_path: Path):
+    path = write_run(tmp_path, 3)
+    training, validation = read_lines(path, "layers"), read_lines(path, "validation_loss")
+    assert [line["step"] for line in training] == [line["step"] for line in validation] == [1, 2, 3]
+    path.write_text(path.read_text(encoding="utf-8") + '{"step": 4, "laye', encoding="utf-8")
+    assert read_run(path) == RunMetrics(training, validation)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flaw"),
+    [
+        (lambda line: line.pop("step"), "it has no step"),
+        (lambda line: line.update(lm_loss="low"), "its lm_loss is no number"),
+        (lambda line: line.update(gradient_norms=[1.0]), "its gradient_norms are no JSON object"),
+        (lambda line: line["gradient_norms"].update(head=None), "its head is no number"),
+        (lambda line: line.update(layers=3), "its layers are not those"),
+        (lambda line: line.update(layers=line["layers"][:1]), "its layers are not those"),
+        (lambda line: line["layers"][1].pop("load"), "its layers are not those"),
+        (lambda line: line["layers"][1].update(load=[1.0]), "its layers are not those"),
+        (lambda line: line["layers"][1].update(load=["all"] * 4), "its layers are not those"),
+        (lambda line: line["layers"][1].update(router_entropy="high"), "its layers are not those"),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_damaged_line_of_a_run_is_named(
+    spoil: Callable[[dict[str, Any]], None], flaw: str, number: int, tmp_path: Path
+):
+    path = write_run(tmp_path, 2)
+    records = read_lines(path)
+    spoil(records[number - 1])
+    write_lines(path, records)
+    # Of the first line it is the second training line that then differs, where the first is whole in itself.
+    with pytest.raises(UserError, match=rf"line [{number}3] of .*metrics\.jsonl is damaged: {flaw}"):
+        read_run(path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no metrics file"):
+        read_run(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="holds no training line"):
+        read_run(write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "validation_loss": 2.0}]))

@@ -75,7 +75,7 @@ def finished(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finis
 @pytest.fixture
 def make_recipe(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
     """A recipe that writes to `tmp_path`; its run draws no pictures, which take longer than its training."""
-    monkeypatch.setattr(run_module, "draw_run", lambda *paths: [])
+    monkeypatch.setattr(run_module, "draw_run", lambda *paths, formats: [])
 
     def make(**training: Any) -> Recipe:
         return tiny_recipe(text_file, tmp_path, **training)

@@ -91,7 +91,7 @@ def test_a_run_leaves_what_a_run_of_moxe_leaves(name: str, text_file: Path, tmp_
 def test_a_run_that_is_cut_off_goes_on_exactly(
     name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_module, "draw_run", lambda *paths: [])
+    monkeypatch.setattr(run_module, "draw_run", lambda *paths, formats: [])
 
     def recipe(run: str) -> Recipe:
         return recipe_of(name, text_file, tmp_path, name=run, sample_tokens=0)
@@ -123,7 +123,7 @@ def test_the_final_evaluation_reads_with_the_state_carried_or_in_windows_as_in_t
         return evaluate_perplexity(*arguments, context_length=context_length, **options)
 
     monkeypatch.setattr(run_module, "evaluate_perplexity", watched)
-    monkeypatch.setattr(run_module, "draw_run", lambda *paths: [])
+    monkeypatch.setattr(run_module, "draw_run", lambda *paths, formats: [])
     train(recipe_of(name, text_file, tmp_path, sample_tokens=0, max_steps=1, eval_steps=0), quiet())
     assert contexts == [None if name == "xlstm" else 32]
 

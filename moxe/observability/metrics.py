@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,24 @@ class RunMetrics:
 
     training: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """The routing of one layer over the counted tokens.
+
+    Args:
+        load: share of the token-to-expert assignments that each of the E experts received; sums to 1.
+        difficulty_mean, difficulty_variance: of the difficulty d (equation 5); None without it.
+        router_entropy: mean of the normalised entropy of the unbiased router (equation 10), from 0 to 1.
+        mlstm_share: share of the assignments that went to group M, the first half of the experts.
+    """
+
+    load: list[float]
+    difficulty_mean: float | None
+    difficulty_variance: float | None
+    router_entropy: float
+    mlstm_share: float
 
 
 class MetricsFile:
@@ -68,7 +87,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no valid UTF-8: {error}") from None
-    return [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+    return [parse_line(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
 
 
 def read_run(path: str | Path) -> RunMetrics:
@@ -123,7 +142,27 @@ def _shape(layers: Any) -> list[int] | None:
     return [len(layer["load"]) for layer in layers]
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def layers_of(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]:
+    """The routing of each layer in a training line; [] for a line without layers.
+
+    Raises:
+        UserError: for layers that no training wrote, naming `where` they stand.
+    """
+    try:
+        layers = [RoutingStatistics(**layer) for layer in record.get("layers", [])]
+    except TypeError:
+        layers = None
+    if layers is None or not all(map(_is_routing, layers)):
+        raise UserError(f"{where} holds layers that no training wrote")
+    return layers
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """The object of one line.
+
+    Raises:
+        UserError: if it is none, naming `where` it stands.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -131,3 +170,10 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where} is no JSON object")
     return record
+
+
+def _is_routing(layer: RoutingStatistics) -> bool:
+    load = layer.load
+    numbers = (layer.difficulty_mean or 0, layer.difficulty_variance or 0, layer.router_entropy, layer.mlstm_share)
+    are_shares = isinstance(load, list) and len(load) > 0 and len(load) % 2 == 0
+    return are_shares and all(isinstance(number, int | float) for number in (*load, *numbers))

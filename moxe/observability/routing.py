@@ -6,31 +6,13 @@ Legend: B rows, S tokens, E experts, K experts a token, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moxe.modules.losses import normalised_entropy
 from moxe.modules.router import RouterOutput
-
-
-@dataclass(frozen=True)
-class RoutingStatistics:
-    """One layer over the counted tokens.
-
-    Args:
-        load: share of the token-to-expert assignments that each of the E experts received; sums to 1.
-        difficulty_mean, difficulty_variance: of the difficulty d (equation 5); None without it.
-        router_entropy: mean of the normalised entropy of the unbiased router (equation 10), from 0 to 1.
-        mlstm_share: share of the assignments that went to group M, the first half of the experts.
-    """
-
-    load: list[float]
-    difficulty_mean: float | None
-    difficulty_variance: float | None
-    router_entropy: float
-    mlstm_share: float
+from moxe.observability.metrics import RoutingStatistics
 
 
 class RoutingMeter:

@@ -32,8 +32,8 @@ from moxe.data.packing import PackedStream
 from moxe.errors import UserError
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.models.packed import pack_tokens
-from moxe.observability.metrics import MetricsFile
-from moxe.observability.routing import RoutingMeter, RoutingStatistics
+from moxe.observability.metrics import MetricsFile, RoutingStatistics
+from moxe.observability.routing import RoutingMeter
 from moxe.observability.watch import RoutingWatch
 from moxe.training.callbacks import LastStep, Throughput
 from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, WEIGHTS, Checkpoints, read_json
@@ -115,7 +115,7 @@ class MoxETrainer(Trainer):
         self._validation_is_due = False
         self.data_fingerprint = data_fingerprint
         self.say = say or (lambda sentence: None)
-        self.guard, self.routing_watch = UpdateGuard(training), RoutingWatch()
+        self.guard, self.routing_watch = UpdateGuard(training), RoutingWatch(model.config.to_dict())
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients
         self.loss_terms: tuple[str, ...] = model.loss_terms
         self._begin_step()
@@ -268,7 +268,7 @@ class MoxETrainer(Trainer):
         self.interval_losses.reset()
         self.interval_routing.reset()
         self._report(record)
-        for sentence in self.routing_watch.read(step, tokens, layers):
+        for sentence in self.routing_watch.read(step, layers):
             self.say(f"step {step}: {sentence}")
 
     def _interval_losses(self, steps: int) -> dict[str, float]:

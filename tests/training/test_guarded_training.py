@@ -189,11 +189,12 @@ def test_a_token_outside_the_vocabulary_is_one_sentence(make_trainer):
 
 
 def test_what_the_routing_watch_finds_is_said(make_trainer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moxe.observability.watch.TOKENS_AN_EXPERT", 1)
+    monkeypatch.setattr("moxe.observability.watch.STEPS", 5)
     said: list[str] = []
-    model = tiny_model(load_balancing_loss_coef=0.0)
+    model = tiny_model(load_balancing_loss_coef=0.0, load_balancing="bias")
     with torch.no_grad():
         model.model.layers[1].router.bias[2] = -1e4
     make_trainer(model=model, max_steps=7, say=said.append).train()
     assert len(said) == 1
-    assert said[0].startswith("step 5: layer 1, expert 2 (group S) has received less than 1% of its fair share")
+    assert said[0].startswith("step 5: layer 1, expert 2 (group S): less than 1% of the assignments since step 1; try ")
+    assert said[0].endswith("model.balancing_bias_rate above 0.001")  # as the model's configuration has it

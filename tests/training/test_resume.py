@@ -253,7 +253,7 @@ def test_a_run_does_not_go_on_with_data_that_have_changed(text_file: Path, make_
 
 
 def test_what_the_watch_of_the_routing_has_seen_is_remembered(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(watch, "DEAD_SHARE", 100.0)  # no expert ever gets so much
+    monkeypatch.setattr(watch, "dead_bound", lambda num_experts: 2.0)  # no expert ever gets so much
     whole = train(make_recipe(name="whole"), quiet()).path
     recipe = make_recipe(name="parts")
     stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))

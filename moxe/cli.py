@@ -119,10 +119,11 @@ def _run(argv: Sequence[str]) -> int:
     except SystemExit as done:  # argparse has printed a help text or the version
         return int(done.code or 0)
     os.environ.setdefault("GOMP_SPINCOUNT", THREAD_SPINS)  # read once, when torch is loaded
-    moxe.register()
-    from moxe.ops.cpu.allocator import keep_freed_memory
+    if args.run is not watch:  # which computes nothing
+        moxe.register()
+        from moxe.ops.cpu.allocator import keep_freed_memory
 
-    keep_freed_memory()
+        keep_freed_memory()
     return args.run(args) or 0
 
 
@@ -132,6 +133,14 @@ def train(args: argparse.Namespace) -> None:
 
     names = [("training.name", args.name)] if args.name is not None else []
     run_training(load_recipe(args.recipe, [*args.overrides, *names]))
+
+
+def watch(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from moxe.training.watch import watch_run
+
+    watch_run(args.folder, Console(force_terminal=sys.stdout.isatty()))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -449,6 +458,7 @@ def _parsers() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
 examples:
   moxe train default                                    train on text that ships with Python
   moxe train local-text --data.source corpus.txt        train on your own text
+  moxe watch runs/default                               losses and routing of a training that is going on
   moxe eval runs/default --data corpus.txt              perplexity and bits a byte
   moxe generate runs/default "The function returns"     go on from a prompt
   moxe info moxe-340m                                   size and cost of a model
@@ -492,6 +502,18 @@ with a run that was stopped, exactly; a finished run is left alone. Ctrl-C and S
     _add_recipe(sub)
     sub.add_argument("--name", metavar="NAME", help="name of the run (default: that of the recipe)")
     _add_overrides(sub)
+
+    sub = command(
+        "watch",
+        watch,
+        "show a training while it goes on",
+        """\
+Follows the folder of a run from its beginning, while moxe train runs elsewhere: the loss and its terms, speed, the load
+of every expert, the difficulty, and warnings of experts that die, with what to try. On a terminal a view that is kept
+up to date, otherwise a line for each line of metrics.jsonl. Ends when nobody trains in the folder any more, and says
+whether the run is finished or how it goes on. Ctrl-C ends the view, not the training.""",
+    )
+    sub.add_argument("folder", metavar="RUN", help="folder of a run, such as runs/default")
 
     sub = command(
         "eval",

@@ -90,12 +90,12 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 
 def test_help_names_every_command_and_shows_examples(capsys):
     text = output(capsys, "--help")
-    for name in ("train", "eval", "generate", "info"):
+    for name in ("train", "eval", "generate", "info", "watch"):
         assert f"\n    {name} " in text
         assert f"  moxe {name} " in text
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "info", "verify-resume"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "info", "verify-resume", "watch"])
 def test_every_command_has_its_help(capsys, command):
     assert output(capsys, command, "--help").startswith(f"usage: moxe {command} ")
 

@@ -20,12 +20,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moxe.files import UNFINISHED, sync
 from moxe.manifest import DamagedError, verify_manifest, write_manifest
 
 TRAINER_STATE, PROGRESS, METRICS, RECIPE = "trainer_state.json", "progress.json", "metrics.jsonl", "recipe.yaml"
 WEIGHTS = "model.safetensors"
+# In the folder of a run alone: written when it is finished, and held while a process trains.
+EVALUATION, LOCK = "evaluation.json", ".lock"
 _REQUIRED = ("config.json", WEIGHTS, "optimizer.pt", "scheduler.pt", TRAINER_STATE, PROGRESS, METRICS, RECIPE)
 _REMOVED = ".removed"
 
@@ -147,3 +150,12 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise DamagedError(f"{path} holds no JSON object")
     return content
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file, or it was damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -27,7 +27,18 @@ from moxe.errors import UserError, shown
 from moxe.files import UNFINISHED, write_whole
 from moxe.manifest import DamagedError, verify_manifest, write_manifest
 from moxe.recipe import Recipe, load_recipe
-from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, WEIGHTS, Checkpoint, Checkpoints, read_json
+from moxe.training.checkpoint import (
+    EVALUATION,
+    LOCK,
+    METRICS,
+    PROGRESS,
+    RECIPE,
+    WEIGHTS,
+    Checkpoint,
+    Checkpoints,
+    read_json,
+    read_json_object,
+)
 
 # Settings that a run may go on with although it was started with others: they decide what is kept, shown, how fast it
 # goes, and what becomes of a step that would have ended it. `num_threads` and `backend` round differently; the others
@@ -63,7 +74,7 @@ class RunFolder:
         self.checkpoints = Checkpoints(self.path)
         self.recipe_path = self.path / RECIPE
         self.metrics_path = self.path / METRICS
-        self.evaluation_path = self.path / "evaluation.json"
+        self.evaluation_path = self.path / EVALUATION
         self.versions_path = self.path / "versions.json"
         self.plots_path = self.path / "plots"
 
@@ -90,7 +101,8 @@ class RunFolder:
         Raises:
             UserError: if it cannot be made or written, or another process trains in it.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        # Not at once: `moxe watch` holds it for a moment to see whether it is free.
+        lock = FileLock(self.path / LOCK, timeout=0.5)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -196,15 +208,6 @@ class RunFolder:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object for people to read."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or it was damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _version(package: str) -> str | None:

@@ -22,8 +22,8 @@ PROGRAM = [sys.executable, "-c", "import sys; sys.argv[0] = 'moxe'; from moxe.cl
 ROOT = Path(__file__).parent.parent.parent
 
 # Words of the command line, and what stands where a value is expected.
-COMMANDS = ["train", "eval", "generate", "info", "plot", "doctor", "bench", "tran", "", "-", "--", "--help",
-    "--version"]  # fmt: skip
+COMMANDS = ["train", "eval", "generate", "info", "plot", "watch", "explore", "doctor", "bench", "tran", "", "-", "--",
+    "--help", "--version"]  # fmt: skip
 OPTIONS = ["--data", "--text-field", "--document-separator", "--task", "--batch-size", "--limit", "--json",
     "--max-new-tokens",
            "--temperature", "--top-k", "--top-p", "--num-beams", "--seed", "--out", "--repeats", "--quick",

@@ -232,7 +232,7 @@ def _warnings(warnings: Sequence[str], width: int, room: int) -> list[Text]:
     lines: list[str] = []
     count = 0
     for warning in reversed(warnings):
-        wrapped = textwrap.wrap(warning, max(width, 20), subsequent_indent="  ")
+        wrapped = textwrap.wrap(warning, max(width, 20), subsequent_indent="  ", break_on_hyphens=False)
         if lines and len(lines) + len(wrapped) > room - 2:
             break
         lines = wrapped + lines
@@ -253,8 +253,9 @@ def _named(term: str, value: float) -> str:
 
 
 def _percent(share: float) -> str:
+    """In four letters."""
     percent = 100 * share
-    return f"{percent:.0f}" if percent >= 99.95 else f"{percent:.1f}"
+    return f"{percent:.{0 if percent >= 99.95 else 2 if percent < 0.995 else 1}f}"
 
 
 def _least(values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ DEAD_LOAD = 0.01  # of the assignments
 DEAD_SHARE = 0.1  # of the even share 1 / E
 CONSTANT_VARIANCE = 1e-4  # a deviation of a hundredth, where the difficulty lies between 0 and 1
 # A state begins when it has lasted so long. In the default recipe experts stay below the bound for 30 steps at most (70
-# without the group loss) and the variance never falls under 0.005. At higher learning rates single experts do die.
+# without the group loss) and the variance never falls under 0.005. At twice its learning rate single experts do die.
 STEPS = 100
 LINES = 2  # so that one long interval is not all the evidence
 # A state that is said to have begun ends at this many times its bound, so that it is not said over and over.

@@ -27,7 +27,7 @@ COMMANDS = ["train", "eval", "generate", "info", "plot", "watch", "explore", "do
 OPTIONS = ["--data", "--text-field", "--document-separator", "--task", "--batch-size", "--limit", "--json",
     "--max-new-tokens",
            "--temperature", "--top-k", "--top-p", "--num-beams", "--seed", "--out", "--repeats", "--quick",
-           "--threads", "--compile",
+           "--threads", "--compile", "--text", "--prompt", "--tokens", "--corpus",
            "--dat", "--jso", "-h", "--section.key", "--model.", "--.", "--.=", "--a.b", "---", "--=", "-1",
            "--model.gamma"]  # fmt: skip
 OVERRIDES = [f"--{section}.{key}" for section in ("model", "data", "training") for key in setting_types(section)]

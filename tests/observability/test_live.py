@@ -183,6 +183,23 @@ def test_colours_go_from_idle_to_busy_and_never_hide_a_number():
         assert re.fullmatch(r"(bold )?(black|white) on \w+", style)
 
 
+def test_a_load_takes_four_letters():
+    shares = {
+        0.0: "0.00",
+        0.00156: "0.16",
+        0.00994: "0.99",
+        0.00996: "1.0",
+        0.125: "12.5",
+        0.9994: "99.9",
+        0.9996: "100",
+    }
+    state = RunState("run", {})
+    for share, expected in shares.items():
+        layer = {"difficulty_mean": None, "difficulty_variance": None, "router_entropy": 0.9, "mlstm_share": 0.5}
+        state.add(line(10, layers=0) | {"layers": [{"load": [share, 0.5], **layer}]}, "here")
+        assert drawn(state)[-1].split()[1] == expected
+
+
 def test_models_without_difficulty_or_routers_and_numbers_that_are_none_are_shown():
     state = RunState("run", {})
     layers = [{"load": [0.5, 0.5], "difficulty_mean": None, "difficulty_variance": None, "router_entropy": 0.9,
@@ -216,7 +233,7 @@ def test_a_plain_line_holds_the_losses_the_speed_and_the_extremes_of_the_routing
     record["layers"][1] |= {"load": [0.25] * 4, "difficulty_variance": 0.04}
     assert plain_line(record, 545) == (
         "step 120/545  loss 4.8800  cross-entropy 5.8800  difficulty loss 6.8800  group loss 7.8800  "
-        "router z-loss 8.8800  load balancing 9.8800  gradient norm 0.83  5,120 tokens/s  load 0.4 to 40.0%  "
+        "router z-loss 8.8800  load balancing 9.8800  gradient norm 0.83  5,120 tokens/s  load 0.40 to 40.0%  "
         "difficulty variance 0.0123 to 0.0400"
     )
     validation = {"step": 120, "tokens": 1, "validation_loss": 5.0, "validation_lm_loss": 4.5, "validation_tokens": 7}

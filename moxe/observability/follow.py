@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moxe.errors import UserError, shown
-from moxe.observability.metrics import RoutingStatistics, layers_of, parse_line
+from moxe.errors import UserError
+from moxe.observability.metrics import RoutingStatistics, check_line, parse_line
 from moxe.observability.watch import RoutingWatch
 
 # The lines that a change is taken over.
 CHANGE_LINES = 10
-# What a line holds beside the terms of the loss that is shown as a number.
-_NUMBERS = ("tokens", "epoch", "learning_rate", "gradient_norm", "skipped_steps", "tokens_per_second")
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -55,15 +53,10 @@ class RunState:
         Raises:
             UserError: for a line that no training wrote, naming `where` it stands.
         """
-        if not isinstance(record.get("step"), int):
-            raise UserError(f"{where} has no step, so no training wrote it")
-        for name, value in record.items():
-            if (name in _NUMBERS or name.endswith("loss")) and not isinstance(value, int | float):
-                raise UserError(f"{where} holds {name}={shown(value)}, which is no number, so no training wrote it")
+        layers = check_line(record, where)
         if is_validation(record):
             self.validation = record
             return []
-        layers = layers_of(record, where)
         self.recent.append(record)
         if not layers:  # a model without routers, or the line of a step that ended the run
             return []

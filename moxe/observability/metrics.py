@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moxe.errors import UserError
+from moxe.errors import UserError, shown
 from moxe.files import write_whole
 
-# What a line holds beside numbers, and what it holds of each layer.
+# What a line holds beside numbers.
 _NESTED = ("layers", "gradient_norms", "validation_layers")
-_OF_A_LAYER = ("load", "difficulty_mean", "difficulty_variance", "router_entropy", "mlstm_share")
 
 
 @dataclass(frozen=True)
@@ -105,41 +104,33 @@ def read_run(path: str | Path) -> RunMetrics:
     )
     if not run.training:
         raise UserError(f"{path} holds no training line to draw")
+    experts = None  # of each layer
     for number, record in enumerate(records, 1):
-        if flaw := _flaw(record, run.training[0]):
-            raise UserError(f"line {number} of {path} is damaged: {flaw}")
+        where = f"line {number} of {path}"
+        here = [len(layer.load) for layer in check_line(record, where)]
+        if "layers" not in record:
+            continue
+        experts = here if experts is None else experts
+        if here != experts:
+            raise UserError(f"{where} holds other layers or experts than the lines before, so no one training wrote it")
     return run
 
 
-def _flaw(record: dict[str, Any], first: dict[str, Any]) -> str | None:
-    """Why this is no line of the run with this first training line; None: it is one."""
-    if "step" not in record:
-        return "it has no step"
+def check_line(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]:
+    """The routing of each layer of a line that a training may have written; [] for a line without layers.
+
+    Raises:
+        UserError: for a line that no training wrote, naming `where` it stands.
+    """
+    if not isinstance(record.get("step"), int):
+        raise UserError(f"{where} has no step, so no training wrote it")
     norms = record.get("gradient_norms", {})
     if not isinstance(norms, dict):
-        return "its gradient_norms are no JSON object"
-    numbers = {key: value for key, value in record.items() if key not in _NESTED} | norms
-    for key, value in numbers.items():
-        if not isinstance(value, int | float):
-            return f"its {key} is no number"
-    if "layers" in record and (_shape(record["layers"]) is None or _shape(record["layers"]) != _shape(first["layers"])):
-        return "its layers are not those of a training line, or not those of the lines before"
-    return None
-
-
-def _shape(layers: Any) -> list[int] | None:
-    """How many experts each layer has; None for what are no layers of a training line."""
-    if not isinstance(layers, list):
-        return None
-    for layer in layers:
-        if not isinstance(layer, dict) or any(name not in layer for name in _OF_A_LAYER):
-            return None
-        load, *others = (layer[name] for name in _OF_A_LAYER)
-        if not isinstance(load, list) or not load or not all(isinstance(share, int | float) for share in load):
-            return None
-        if not all(value is None or isinstance(value, int | float) for value in others):
-            return None
-    return [len(layer["load"]) for layer in layers]
+        raise UserError(f"{where} holds gradient_norms={shown(norms)}, so no training wrote it")
+    for name, value in (*record.items(), *norms.items()):
+        if name not in _NESTED and not isinstance(value, int | float):
+            raise UserError(f"{where} holds {name}={shown(value)}, which is no number, so no training wrote it")
+    return layers_of(record, where)
 
 
 def layers_of(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]:

@@ -6,8 +6,8 @@ const controls = Object.fromEntries(["measure", "layer", "clear"].map((id) => [i
 const state = {
   measure: models.some((model) => hasMeasure(model, "difficulty")) ? "difficulty" : "loss",
   layer: MEAN,
-  pointed: null,
-  focused: null,
+  pointed: null, // of one model: {view, index}
+  focused: null, // likewise
   expert: null, // of one model: {view, layer, expert}
 };
 
@@ -26,7 +26,8 @@ class View {
     this.parts.facts.append(...facts(model));
     this.parts.warnings.append(...warnings(model));
     this.parts.differences.append(...differences(model));
-    this.tokens = makeText(this.parts, model, (change) => chooseToken(change));
+    this.tokens = makeText(this.parts, model, (change) => chooseToken(this, change));
+    this.starts = d3.cumsum(["", ...model.pieces], (piece) => piece.length);
     this.parts["experts-layer"].append(...d3.range(model.layers.length).map((layer) => option(layer, layer)));
     this.parts["experts-layer"].addEventListener("change", (event) => {
       this.expertsLayer = Number(event.target.value);
@@ -73,10 +74,17 @@ class View {
     if (focused !== undefined) this.parts.experts.querySelector(`[data-expert="${focused}"] button`).focus();
   }
 
+  // The token that holds the same place of the text as one of any model, whose tokenizer may be another.
+  tokenAt(chosen) {
+    if (chosen === null || chosen.view === this) return chosen?.index ?? null;
+    const start = chosen.view.starts[chosen.index];
+    if (this.starts[chosen.index] === start && chosen.index < this.model.pieces.length) return chosen.index;
+    return start < this.starts.at(-1) ? d3.bisectRight(this.starts, start) - 1 : null;
+  }
+
   showToken() {
-    const index = state.pointed ?? state.focused;
-    const here = index !== null && index < this.model.pieces.length ? index : null;
-    showToken(this.parts.token, this.model, here, layerIn(this.model, state.layer));
+    const here = this.tokenAt(state.pointed ?? state.focused);
+    showToken(this.parts, this.model, here, layerIn(this.model, state.layer));
     this.tokens[this.selected]?.setAttribute("aria-selected", "false");
     this.selected = here;
     this.tokens[here]?.setAttribute("aria-selected", "true");
@@ -118,8 +126,13 @@ function warnings(model) {
   return found.map(warning);
 }
 
-function chooseToken(change) {
-  Object.assign(state, change);
+function chooseToken(view, change) {
+  const changed = Object.entries(change).filter(([name, index]) => {
+    const before = state[name];
+    return index === null ? before !== null : before?.view !== view || before.index !== index;
+  });
+  if (changed.length === 0) return;
+  for (const [name, index] of changed) state[name] = index === null ? null : { view, index };
   views.forEach((view) => view.showToken());
 }
 

@@ -26,7 +26,8 @@ function makeText(parts, model, choose) {
     const token = event.target.closest?.("[data-token]");
     return token ? Number(token.dataset.token) : null;
   };
-  parts.text.addEventListener("pointerover", (event) => {
+  // Not "pointerover", which also comes where the text scrolls under a mouse that rests.
+  parts.text.addEventListener("pointermove", (event) => {
     const index = indexOf(event);
     if (index !== null && event.pointerType === "mouse") choose({ pointed: index });
   });
@@ -35,7 +36,7 @@ function makeText(parts, model, choose) {
     const index = indexOf(event);
     if (index !== null) tokens[index].focus();
   });
-  parts.text.addEventListener("focusin", (event) => choose({ focused: indexOf(event) }));
+  parts.text.addEventListener("focusin", (event) => choose({ pointed: null, focused: indexOf(event) }));
   arrowKeys(tokens, (index, key) => {
     if (key === "ArrowRight") return index + 1;
     if (key === "ArrowLeft") return index - 1;

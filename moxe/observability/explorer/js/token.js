@@ -1,8 +1,10 @@
 // What is known of one token: its losses, the decision of every layer, and what the model expected next.
 
-function showToken(container, model, index, layer) {
+function showToken(parts, model, index, layer) {
+  // Screen readers tell of changes in an element that was there before.
+  parts.summary.textContent = index === null ? "" : summary(model, index);
   if (index === null) {
-    container.replaceChildren(
+    parts.token.replaceChildren(
       element("h3", {}, "The chosen token"),
       element("p", { class: "note" }, "Point at a token of the text, or go to it with the arrow keys."),
     );
@@ -13,9 +15,8 @@ function showToken(container, model, index, layer) {
     ["loss", `${decimal(model.losses[index])} nats (probability ${percent(Math.exp(-model.losses[index]), 2)})`],
     ["rarity", `${decimal(model.rarity[index])} nats`],
   ];
-  container.replaceChildren(
+  parts.token.replaceChildren(
     element("h3", {}, "Token ", piece(model.pieces[index]), ` ${count(index + 1)} of ${count(model.pieces.length)}`),
-    element("p", { class: "hidden", "aria-live": "polite" }, summary(model, index)),
     element("dl", {}, facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
     element("div", { class: "tables" }, decisions(model, index, layer), expectations(model, index)),
   );
@@ -33,8 +34,12 @@ function decisions(model, index, layer) {
   const rows = model.layers.map((one, number) => {
     const experts = expertsOf(model, number, index).map(({ expert, weight }, place) => [
       place === 0 ? "" : ", ",
-      element("span", { class: groupOf(model, expert).toLowerCase() }, expertName(model, expert)),
-      ` ${percent(weight, 1)}`,
+      element(
+        "span",
+        { class: "whole" },
+        element("span", { class: groupOf(model, expert).toLowerCase() }, expertName(model, expert)),
+        ` ${percent(weight, 1)}`,
+      ),
     ]);
     const odds = decimal(Math.exp(one.log_odds[index]));
     if (one.difficulty === null) return [`${number}`, odds, experts.flat()];

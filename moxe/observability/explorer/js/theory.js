@@ -92,9 +92,11 @@ function layerFigure(model, one, layer) {
   );
 }
 
-// A chart with a legend is a figure, whose last svg is the chart.
+// A chart with a legend is a figure, whose last svg is the chart; the others are the colours of the legend.
 function describe(chart, words) {
   const svg = chart.tagName === "svg" ? chart : [...chart.querySelectorAll("svg")].at(-1);
+  for (const swatch of chart.querySelectorAll("svg")) swatch.setAttribute("aria-hidden", "true");
+  svg.removeAttribute("aria-hidden");
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", words);
 }

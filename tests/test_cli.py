@@ -126,7 +126,7 @@ def test_no_command_prints_the_help_on_stderr(capsys):
 
 def test_an_unknown_command_is_refused_with_the_nearest(capsys):
     assert "there is no command 'trian': did you mean 'train'?" in refusal(capsys, "trian", "default")
-    assert "there are: train, eval, generate, info" in refusal(capsys, "xyz")
+    assert "there are: train, watch, eval, generate, info" in refusal(capsys, "xyz")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from moxe.experiments.exploration import explore
 from moxe.observability.explorer.page import write_page
+from tests.browser import Visit
 from tests.models.tiny import tiny_model
 from tests.observability.explorer.conftest import CORPUS, Made, Open
 
@@ -18,14 +20,18 @@ HOSTILE = (
     "<!-- ' \" ` ${window.pwned=1} &amp; &lt; \\u003c \u2028\u2029 \x01\x7f \N{GRINNING FACE} "
     "\N{ARABIC LETTER SEEN}\N{ARABIC LETTER LAM} \N{RIGHT-TO-LEFT OVERRIDE}abc\N{POP DIRECTIONAL FORMATTING} a\u0301"
 )
-STOPPED = """() => {
-  document.addEventListener("securitypolicyviolation", (event) => { window.stopped = event.effectiveDirective; });
-  window.add = (name, settings) => {
+# Resolves to the directive that stopped the attempt, which is made later, as code of the page: what comes from outside,
+# as this does, may do more.
+ATTEMPT = """new Promise((resolve) => {
+  const add = (name, settings) => {
     const made = Object.assign(document.createElement(name), settings);
     document.body.append(made);
     return made;
   };
-}"""
+  document.addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective), { once: true });
+  setTimeout(() => { %s });
+  setTimeout(() => resolve("nothing was stopped"), 5000);
+})"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -55,16 +61,16 @@ def test_the_page_complains_of_nothing_and_asks_for_nothing(visiting: Open, made
         ("script-src", "try { new Function('window.pwned = 1')() } catch {}"),
     ],
 )
-def test_the_policy_of_the_page_stops_what_it_does_not_do_itself(
-    visiting: Open, made: Made, directive: str, attempt: str
-):
+def test_the_policy_of_the_page_stops_what_it_does_not_do_itself(attempted: Visit, directive: str, attempt: str):
+    assert attempted.page.evaluate(ATTEMPT.replace("%s", attempt)) == directive
+    assert attempted.page.evaluate("window.pwned") is None
+
+
+@pytest.fixture(scope="module")
+def attempted(visiting: Open, made: Made) -> Iterator[Visit]:
+    """The page, open for all attempts."""
     with visiting(made.path) as visited:
-        visited.page.evaluate(STOPPED)
-        # Later, as code of the page: what comes from outside, as this line does, may do more.
-        visited.page.evaluate(f"setTimeout(() => {{ {attempt} }})")
-        visited.page.wait_for_function("window.stopped", timeout=3000)
-        assert visited.page.evaluate("window.stopped") == directive
-        assert visited.page.evaluate("window.pwned") is None
+        yield visited
         visited.complaints.clear()  # the browser tells of what it stopped, as of a request too
         del visited.requests[1:]
 

@@ -182,11 +182,15 @@ def _encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[li
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """What a token looks like; one that is part of a character, as the vocabulary writes it."""
+    """What a token looks like; one that is part of a character, as the vocabulary writes it.
+
+    A model may have more tokens than its tokenizer, and even expect one of them: it is shown by its number.
+    """
     text = str(tokenizer.decode([token_id]))
     if text and "\N{REPLACEMENT CHARACTER}" not in text:
         return text
-    return str(tokenizer.convert_ids_to_tokens(token_id))
+    written = tokenizer.convert_ids_to_tokens(token_id)
+    return f"[{token_id}]" if written is None else str(written)
 
 
 def _read(model: MoxEForCausalLM, sequence: Tensor, pieces: list[str], advance: Callable[[int], None]) -> ReadText:

@@ -79,6 +79,12 @@ def test_the_likeliest_next_tokens_are_those_of_the_model(explored: Exploration,
     np.testing.assert_allclose(explored.next_probabilities, top.values.numpy(), rtol=1e-9)
 
 
+def test_a_token_that_the_tokenizer_does_not_have_is_named_by_its_number(explored: Exploration, tokenizer):
+    unknown = [token for token in explored.vocabulary if token >= len(tokenizer)]
+    assert unknown  # the model has 300 tokens, and expects those of them that no text has as well as any
+    assert all(explored.vocabulary[token] == f"[{token}]" for token in unknown)
+
+
 def test_every_layer_shows_what_its_router_decided(explored: Exploration, whole: Any):
     assert len(explored.layers) == len(whole.routing)
     for layer, routing in zip(explored.layers, whole.routing, strict=True):

@@ -203,7 +203,7 @@ def test_the_longest_text_opens_and_answers_within_seconds(visiting: Open, tmp_p
     with visiting(tmp_path / "page.html") as visited:
         page = visited.page
         assert page.locator("[data-token]").count() == MOST_TOKENS
-        assert time.monotonic() - begin < 20  # on a machine that does much else; seen: 3
+        assert time.monotonic() - begin < 20  # on a machine that does much else; seen: 3 to 5
         page.locator('[data-token="0"]').focus()
         assert seconds_of(page, lambda: page.keyboard.press("ArrowRight")) < 2
         assert seconds_of(page, lambda: page.keyboard.press("ArrowDown")) < 2

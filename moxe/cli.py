@@ -200,15 +200,15 @@ def analyse(args: argparse.Namespace) -> None:
 def explore(args: argparse.Namespace) -> None:
     from moxe.data.sources import read_documents
     from moxe.data.tokenizer import load_tokenizer
-    from moxe.experiments.exploration import corpus_of_run, explore, read_text
+    from moxe.experiments.exploration import corpus_of_run, explore
     from moxe.models.checkpoint import load_model
     from moxe.observability.explorer.page import write_page
 
-    if (args.text is None) == (args.prompt is None):
-        raise UserError("say what the model reads: --text FILE or --prompt TEXT")
     if len(args.checkpoints) > 2:
         raise UserError(f"{len(args.checkpoints)} checkpoints are too many: a page shows one, or two side by side")
-    text = args.prompt if args.text is None else read_text(args.text)
+    out = args.out or Path(os.path.expanduser(args.checkpoints[0])) / "explore.html"
+    _require_place_for(out)
+    text = _text_to_explore(args)
     explorations = []
     for checkpoint in args.checkpoints:
         model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
@@ -229,12 +229,11 @@ def explore(args: argparse.Namespace) -> None:
             **_given(args, "max_tokens"),
         )
         explorations.append(exploration)
-    out = args.out or Path(os.path.expanduser(args.checkpoints[0])) / "explore.html"
     write_page(explorations, out, text_name="the prompt" if args.text is None else os.path.basename(args.text))
     for exploration in explorations:
-        print(
-            f"{exploration.name}: {len(exploration.pieces):,} tokens, loss {exploration.losses.mean():.4f} nats a token"
-        )
+        tokens = len(exploration.pieces)
+        loss = f"loss {exploration.losses.mean():.4f} nats a token"
+        print(f"{exploration.name}: {tokens:,} token{'s' if tokens > 1 else ''}, {loss}")
         print(f"  rarity and what experts like: from {exploration.corpus_name}")
     print(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
@@ -255,6 +254,27 @@ def plot(args: argparse.Namespace) -> None:
     else:
         pictures = draw_run(runs[0].metrics, args.out or runs[0].metrics.parent / "plots")
     print("written: " + ", ".join(map(str, pictures)))
+
+
+def _text_to_explore(args: argparse.Namespace) -> str:
+    from moxe.experiments.exploration import read_text
+
+    if args.text is not None and args.prompt is not None:
+        raise UserError("--text and --prompt both say what the model reads: give one of them")
+    if args.text is not None:
+        return read_text(args.text)
+    if args.prompt is not None:
+        return args.prompt
+    raise UserError("say what the model reads: --text FILE or --prompt TEXT")
+
+
+def _require_place_for(file: Path) -> None:
+    """Refuse a file that cannot be written before the work that fills it."""
+    if file.is_dir():
+        raise UserError(f"{str(file)!r} is a folder: name a file, such as {str(file / 'explore.html')!r}")
+    nearest = next(folder for folder in file.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{str(file)!r} cannot be written: {str(nearest)!r} is no folder that you may write to")
 
 
 def _texts(args: argparse.Namespace) -> Iterator[str]:

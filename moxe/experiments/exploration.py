@@ -53,6 +53,7 @@ ROUTED_TOKENS = 20_000
 """Of those that the model reads, spread evenly, to see what its experts like."""
 _PASSAGE = 512
 _PASSAGES_AT_ONCE = 8
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it
 
 
 def explore(
@@ -90,14 +91,14 @@ def explore(
             f"{name} is a {type(model).__name__}, which has no entropy-aware router: only a MoxE model can be explored"
         )
     pieces, tokens = _tokens_of(text, tokenizer, max_tokens)
-    check_vocabulary(model, [tokens])
+    start = torch.tensor([start_token_id(tokenizer)])
+    check_vocabulary(model, [start, tokens])
     passages = [] if corpus is None else _passages(corpus, tokenizer)
     check_vocabulary(model, passages)
     if corpus is not None and not passages:
         raise UserError(f"{corpus_name} has no token, so it cannot say how rare a token is")
     routed = _spread(passages)
     total = sum(map(len, [tokens, *routed]))
-    start = torch.tensor([start_token_id(tokenizer)])
     with evaluation_mode(model), progress_bar("reading", total, shown=progress) as advance:
         read = _read(model, torch.cat([start, tokens]), pieces, advance)
         experts = _route(model, [torch.cat([start, passage]) for passage in routed], advance)
@@ -119,18 +120,20 @@ def explore(
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file.
+    """The text of a file, as the documents of data are read: without a byte order mark, Windows' line breaks, and line
+    breaks around it.
 
     Raises:
         UserError: if it cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is no text: it is not valid UTF-8 at byte {error.start}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that is not there
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"the text {str(path)!r} cannot be read: {reason}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
 
 
 def corpus_of_run(checkpoint: str | Path) -> dict[str, Any]:
@@ -153,8 +156,10 @@ def corpus_of_run(checkpoint: str | Path) -> dict[str, Any]:
 
 def _tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> tuple[list[str], Tensor]:
     """The pieces of the text and its token ids [N], at most `max_tokens`."""
-    if not text.strip():
-        raise UserError("the text is empty: there is nothing to explore")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid UTF-8 at character {error.start + 1}") from None
     if max_tokens is not None and not 1 <= max_tokens <= MOST_TOKENS:
         raise UserError(f"max_tokens={max_tokens} is not a whole number from 1 to {MOST_TOKENS}")
     limit = max_tokens or MOST_TOKENS
@@ -169,6 +174,8 @@ def _tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | 
             f"the text has {count} tokens, and a page shows at most {MOST_TOKENS:,}: "
             f"--tokens {MOST_TOKENS} takes the first {MOST_TOKENS:,}"
         )
+    if not text.strip() or not tokens:
+        raise UserError("the text is empty: there is nothing to explore")
     return pieces_of(beginning, ends[:limit]), torch.tensor(tokens[:limit])
 
 
@@ -186,11 +193,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
     A model may have more tokens than its tokenizer, and even expect one of them: it is shown by its number.
     """
-    text = str(tokenizer.decode([token_id]))
-    if text and "\N{REPLACEMENT CHARACTER}" not in text:
-        return text
-    written = tokenizer.convert_ids_to_tokens(token_id)
-    return f"[{token_id}]" if written is None else str(written)
+    text, written = str(tokenizer.decode([token_id])), tokenizer.convert_ids_to_tokens(token_id)
+    if written is None:
+        return f"[{token_id}]"
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return str(written)
+    # Some decoders take the space away from what they believe to be the beginning of a text.
+    return f" {text}" if str(written).startswith(_SPACE) and not text.startswith(" ") else text
 
 
 def _read(model: MoxEForCausalLM, sequence: Tensor, pieces: list[str], advance: Callable[[int], None]) -> ReadText:

@@ -82,11 +82,11 @@ class ExpertMemory:
     """The memory of one expert over one text.
 
     Args:
-        tokens: how many tokens of the text were routed to it.
+        tokens: how many tokens that the model read were routed to it; a start token before the text is one of them.
         mean_forget_gate: mean f over its tokens and channels, from 0 to 1; None without a token.
         reach_quantiles: the 0.1, 0.5 and 0.9 quantiles of the reach, in tokens of the text, over its tokens and
             channels; None where the quantile lies beyond what the text can show.
-        reach_bound: the largest reach that the text could show, from the expert's first token to its last.
+        reach_bound: the largest reach that was seen, cut off or not; a quantile that is None lies beyond it.
     """
 
     tokens: int
@@ -186,11 +186,12 @@ def expert_memory(log_forget: Tensor, positions: Tensor, mean_forget_gate: float
         raise ValueError(f"there are forget gates of {len(log_forget)} tokens but positions of {tokens}")
     if not tokens:
         return ExpertMemory(0, mean_forget_gate, [None] * len(QUANTILES), 0)
+    reach, censored = reaches(log_forget, positions)
     return ExpertMemory(
         tokens=tokens,
         mean_forget_gate=mean_forget_gate,
-        reach_quantiles=_quantiles(*reaches(log_forget, positions)),
-        reach_bound=int(positions[-1] - positions[0]),
+        reach_quantiles=_quantiles(reach, censored),
+        reach_bound=int(reach.max()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moxe.cli import main
+from moxe.data.sources import read_documents
 from moxe.data.tokenizer import train_tokenizer
 from moxe.errors import UserError
 from moxe.experiments import MOST_TOKENS, exploration
@@ -197,7 +200,7 @@ def test_a_standard_router_has_no_difficulty_and_no_slope(tokenizer: PreTrainedT
     explored = explore(tiny_model(vocab_size=300, router_kind="standard"), TEXT, tokenizer, name="tiny")
     for layer in explored.layers:
         assert layer.difficulty is layer.difficulty_variance is layer.odds_slope is None
-        assert not layer.is_collapsed
+        assert layer.is_collapsed is None
         assert np.isfinite(layer.log_odds).all()
 
 
@@ -211,10 +214,47 @@ def test_a_constant_difficulty_has_collapsed(tokenizer: PreTrainedTokenizerFast)
     assert explored.layers[0].odds_slope is None
 
 
+def test_a_text_of_few_different_tokens_says_nothing_of_a_collapse(tokenizer: PreTrainedTokenizerFast):
+    model = tiny_model(vocab_size=300)
+    with torch.no_grad():
+        model.model.layers[0].router.difficulty_weight.zero_()
+    for text in ("a", "the old man " * 100):
+        explored = explore(model, text, tokenizer, name="tiny")
+        assert [layer.is_collapsed for layer in explored.layers] == [None, None]
+
+
 @pytest.mark.parametrize("settings", [{"expert_memory": "token"}, {"expert_kind": "ffn"}])
 def test_experts_without_memory_have_none_to_show(settings: dict[str, str], tokenizer: PreTrainedTokenizerFast):
     explored = explore(tiny_model(vocab_size=300, **settings), "the old man", tokenizer, name="tiny")
     assert [memory for layer in explored.layers for memory in layer.memory] == [None] * 2 * EXPERTS
+
+
+def test_a_text_of_which_the_tokenizer_keeps_nothing_is_empty(model: MoxEForCausalLM):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "<s>": 1}, []))
+    tokenizer.normalizer = normalizers.Replace("!", "")
+    with pytest.raises(UserError, match="the text is empty"):
+        explore(model, "!!", PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), name="tiny")
+
+
+def test_a_start_token_outside_the_vocabulary_is_refused(tokenizer: PreTrainedTokenizerFast):
+    longer = copy.deepcopy(tokenizer)
+    longer.add_special_tokens({"bos_token": "<start>"})
+    with pytest.raises(UserError, match=r"gives token id .* but the model's vocabulary has"):
+        explore(tiny_model(vocab_size=len(tokenizer)), "the old man", longer, name="tiny")
+
+
+def test_tokens_are_named_as_they_stand_in_a_text(model: MoxEForCausalLM):
+    """A decoder in SentencePiece's way takes the space from a token that stands alone."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "\u2581": 1, "a": 2, "\u2581a": 3}, [("\u2581", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    explored = explore(model, "a a aa", fast, name="tiny")
+    assert explored.vocabulary[2] == "a"
+    assert explored.vocabulary[3] == " a"
+    beyond = {token_id: name for token_id, name in explored.vocabulary.items() if token_id > 3}
+    assert beyond == {token_id: f"[{token_id}]" for token_id in beyond}
+    assert beyond  # the model has more tokens than the tokenizer, and expects some of them
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])
@@ -287,8 +327,12 @@ def test_the_corpus_of_a_run_is_the_built_in_one_or_none(tmp_path: Path, monkeyp
 
 def test_a_text_file_is_read_whole_and_what_is_no_text_is_refused(tmp_path: Path):
     path = tmp_path / "text.txt"
-    path.write_text("caf\N{LATIN SMALL LETTER E WITH ACUTE}\n", encoding="utf-8")
-    assert read_text(path) == "caf\N{LATIN SMALL LETTER E WITH ACUTE}\n"
+    path.write_bytes(
+        "\ufeff\r\ncaf\N{LATIN SMALL LETTER E WITH ACUTE}\r\n\nol\N{LATIN SMALL LETTER E WITH ACUTE}\n".encode()
+    )
+    assert read_text(path) == "caf\N{LATIN SMALL LETTER E WITH ACUTE}\n\nol\N{LATIN SMALL LETTER E WITH ACUTE}"
+    documents = read_documents(str(path), text_field="text", document_separator="<|endoftext|>")
+    assert list(documents) == [read_text(path)]
     path.write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="no text: it is not valid UTF-8 at byte 3"):
         read_text(path)
@@ -296,6 +340,17 @@ def test_a_text_file_is_read_whole_and_what_is_no_text_is_refused(tmp_path: Path
         read_text(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    for out, sentence in [
+        (tmp_path, "is a folder: name a file, such as"),
+        (tmp_path / "file" / "new" / "page.html", "is no folder that you may write to"),
+    ]:
+        assert main(["explore", "no-such-checkpoint", "--prompt", "a", "--out", str(out)]) == 2
+        assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +396,8 @@ def test_the_command_compares_two_checkpoints_over_a_file_beside_a_corpus(checkp
     ("arguments", "sentence"),
     [
         ([], "say what the model reads: --text FILE or --prompt TEXT"),
-        (["--prompt", "a", "--text", "b"], "say what the model reads: --text FILE or --prompt TEXT"),
+        (["--prompt", "a", "--text", "b"], "--text and --prompt both say what the model reads: give one of them"),
+        (["--prompt", "\udcff"], "the text is not valid UTF-8 at character 1"),
         (["--prompt", " "], "the text is empty: there is nothing to explore"),
         (["--text", "no-such-file.txt"], "the text 'no-such-file.txt' cannot be read: No such file or directory"),
         (["--prompt", "a", "--tokens", "0"], "argument --tokens: '0' is not a whole number from 1 to 20000"),

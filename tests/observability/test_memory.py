@@ -239,17 +239,25 @@ def test_of_a_wide_memory_evenly_spaced_channels_are_kept_and_the_mean_is_over_a
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_constant_gate_reaches_as_many_tokens_as_halve_it(every: int):
     """0.9^6 > 1/2 > 0.9^7; the tokens of the expert stand `every` tokens apart."""
-    assert constant(0.9, 400, every=every) == ExpertMemory(400, 0.9, [6.0 * every] * 3, 399 * every)
+    assert constant(0.9, 400, every=every) == ExpertMemory(400, 0.9, [6.0 * every] * 3, 6 * every)
 
 
 def test_a_memory_that_forgets_nothing_reaches_beyond_every_text():
     assert constant(1.0, 300) == ExpertMemory(300, 1.0, [None] * 3, 299)
 
 
+def test_the_bound_is_what_was_seen_and_not_how_long_the_text_is():
+    """A memory that forgets nothing for 101 tokens, and from then on all at every token."""
+    log_forget = torch.zeros(200, 1)
+    log_forget[101:] = -math.inf
+    memory = expert_memory(log_forget, torch.arange(200), 0.5)
+    assert (memory.reach_quantiles[0], memory.reach_quantiles[2], memory.reach_bound) == (0.0, None, 100)
+
+
 @pytest.mark.parametrize("log_forget", [-math.inf, -1e30, -0.7])
 def test_a_memory_that_forgets_at_once_reaches_nothing(log_forget: float):
     memory = expert_memory(torch.full((300, 2), log_forget), torch.arange(300), 0.0)
-    assert memory == ExpertMemory(300, 0.0, [0.0] * 3, 299)
+    assert memory == ExpertMemory(300, 0.0, [0.0] * 3, 0)
 
 
 def test_one_shut_gate_hides_nothing_of_what_comes_after_it():

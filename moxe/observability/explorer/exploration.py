@@ -1,6 +1,7 @@
 """All that the page shows of one model over one text, as numbers.
 
-Legend: N tokens of the text, M tokens of the corpus, L layers, E experts, K experts a token. Logarithms are natural.
+Legend: N tokens of the text, M tokens of the corpus, V vocabulary, L layers, E experts, K experts a token. Logarithms
+are natural.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from moxe.observability.analysis import (
     token_rarity,
 )
 from moxe.observability.estimates import ClusterBootstrap, Estimate, Floats, Ints, least_squares_slopes
-from moxe.observability.explorer.preferences import Liking, likings
+from moxe.observability.explorer.preferences import Preferences, preferences
 from moxe.observability.memory import ExpertMemory
 from moxe.observability.watch import CONSTANT_VARIANCE
 
 NEXT_TOKENS = 5
+DIFFERENT_TOKENS = 30  # that a text must have before its difficulties say more of the router than of the text
 _DECIMALS = 4  # of what is written into the page
 
 
@@ -37,11 +39,11 @@ class ReadText:
     """What a model made of a text.
 
     Args:
-        pieces: N pieces of the text, one a token; together they are the text. A token that only completes a character
-            whose first bytes lie in the token before has an empty piece.
+        pieces: N pieces of the text, one a token; together they are the text, but for what the tokenizer drops at its
+            end. A token that only completes a character whose first bytes lie in the token before has an empty piece.
         token_ids: [N].
         losses: [N] -log of the probability that the model gave each token after those before it, nats.
-        next_ids, next_probabilities: [N, 5] the likeliest tokens behind each token, the likeliest first.
+        next_ids, next_probabilities: [N, min(5, V)] the likeliest tokens behind each token, the likeliest first.
         routing: L of [N].
         memory: by layer and expert, the start token before the text counted in; None for experts without memory.
     """
@@ -84,10 +86,11 @@ class LayerExploration:
         weights: [N, K], those of equation 9.
         load: [E] share of the assignments.
         difficulty_variance: of d; None without it.
-        is_collapsed: the variance is so small that d is the same for all tokens.
+        is_collapsed: the variance is so small that d is the same for all tokens; None where the text has too few
+            different tokens to say so, or there is no d.
         odds_slope: of `log_odds` on d, least squares; its interval is None for a short text. None without d, or where
             it is constant.
-        likings: by expert, in the corpus.
+        preferences: by expert, in the corpus.
         memory: by expert.
     """
 
@@ -98,9 +101,9 @@ class LayerExploration:
     weights: Floats
     load: Floats
     difficulty_variance: float | None
-    is_collapsed: bool
+    is_collapsed: bool | None
     odds_slope: Estimate | None
-    likings: list[list[Liking]]
+    preferences: list[Preferences]
     memory: list[ExpertMemory | None]
 
 
@@ -161,7 +164,7 @@ def _layer_to_dict(layer: LayerExploration) -> dict[str, Any]:
         "difficulty_variance": layer.difficulty_variance,
         "is_collapsed": layer.is_collapsed,
         "odds_slope": None if layer.odds_slope is None else dataclasses.asdict(layer.odds_slope),
-        "likings": [[dataclasses.asdict(liking) for liking in of_expert] for of_expert in layer.likings],
+        "preferences": [dataclasses.asdict(of_expert) for of_expert in layer.preferences],
         "memory": [None if memory is None else dataclasses.asdict(memory) for memory in layer.memory],
     }
 
@@ -186,17 +189,19 @@ def explore_read_text(
         UserError: for numbers that are not finite.
     """
     blocks = ClusterBootstrap(text_blocks(np.zeros_like(text.token_ids)), seed=0)
+    is_telling = len(np.unique(text.token_ids)) >= DIFFERENT_TOKENS
     layers = [
         _explore_layer(
             number,
             routing,
             blocks,
-            likings(corpus.token_ids, experts, config.num_experts),
+            is_telling,
+            preferences(corpus.token_ids, experts, config.num_experts),
             text.memory[number],
         )
         for number, (routing, experts) in enumerate(zip(text.routing, corpus.experts, strict=True))
     ]
-    liked = {liking.token_id for layer in layers for of_expert in layer.likings for liking in of_expert}
+    liked = {liking.token_id for layer in layers for one in layer.preferences for liking in one.likings}
     shown = {*np.unique(text.token_ids).tolist(), *np.unique(text.next_ids).tolist(), *liked}
     return Exploration(
         name=name,
@@ -219,7 +224,8 @@ def _explore_layer(
     number: int,
     routing: RouterOutput,
     blocks: ClusterBootstrap,
-    of_experts: list[list[Liking]],
+    is_telling: bool,
+    of_experts: list[Preferences],
     memory: list[ExpertMemory | None],
 ) -> LayerExploration:
     logits = finite_array(routing.logits, f"the router logits of layer {number}")
@@ -239,9 +245,9 @@ def _explore_layer(
         weights=np.take_along_axis(weights, heaviest_first, axis=1),
         load=np.bincount(experts.ravel(), minlength=logits.shape[1]) / experts.size,
         difficulty_variance=variance,
-        is_collapsed=variance is not None and variance < CONSTANT_VARIANCE,
+        is_collapsed=variance < CONSTANT_VARIANCE if variance is not None and is_telling else None,
         odds_slope=slope,
-        likings=of_experts,
+        preferences=of_experts,
         memory=memory,
     )
 
@@ -256,7 +262,7 @@ def _odds_slope(blocks: ClusterBootstrap, difficulty: Floats, log_odds: Floats) 
 
 
 def pieces_of(text: str, ends: Sequence[int]) -> list[str]:
-    """The text cut behind each token, so that the pieces together are the text again.
+    """The text cut behind each token, so that the pieces together are the text again up to the last token's end.
 
     Args:
         text: the text.

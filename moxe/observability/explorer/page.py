@@ -35,7 +35,8 @@ def write_page(explorations: Sequence[Exploration], path: Path, *, text_name: st
         text_name: what the text is, for a reader of the page.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render_page([one.to_dict() for one in explorations], text_name=text_name))
+    page = render_page([one.to_dict() for one in explorations], text_name=text_name)
+    write_whole(path, page.encode("utf-8", "backslashreplace"))  # the name of a folder may be any bytes
 
 
 def render_page(models: Sequence[dict[str, Any]], *, text_name: str) -> str:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from moxe.observability.estimates import Ints
 
@@ -30,17 +30,28 @@ class Liking:
         token_id: the token.
         chosen: how many of its occurrences the expert received.
         occurrences: how often it occurs.
-        times: chosen / (occurrences p), how many times its part of all tokens the expert receives of this one.
     """
 
     token_id: int
     chosen: int
     occurrences: int
-    times: float
 
 
-def likings(token_ids: Ints, experts: Ints, num_experts: int) -> list[list[Liking]]:
-    """For each of the E experts of a layer the tokens it likes, at most `LIKINGS`, the surest first.
+@dataclass(frozen=True)
+class Preferences:
+    """What one expert likes.
+
+    Args:
+        part: p, the part of all tokens that it receives.
+        likings: at most `LIKINGS`, the surest first.
+    """
+
+    part: float
+    likings: list[Liking]
+
+
+def preferences(token_ids: Ints, experts: Ints, num_experts: int) -> list[Preferences]:
+    """What each of the E experts of a layer likes.
 
     Args:
         token_ids: [M] the tokens.
@@ -52,13 +63,13 @@ def likings(token_ids: Ints, experts: Ints, num_experts: int) -> list[list[Likin
     return [_of_expert(distinct, place, occurrences, (experts == e).any(1), num_experts) for e in range(num_experts)]
 
 
-def _of_expert(distinct: Ints, place: Ints, occurrences: Ints, is_received: Ints, num_experts: int) -> list[Liking]:
+def _of_expert(distinct: Ints, place: Ints, occurrences: Ints, is_received: Ints, num_experts: int) -> Preferences:
     chosen = np.bincount(place[is_received], minlength=len(distinct))
     part = is_received.mean()
     log_chance = stats.binom.logsf(chosen - 1, occurrences, part) + math.log(len(distinct) * num_experts)
     found = np.flatnonzero(log_chance < math.log(_CHANCE))
-    surest = found[np.argsort(log_chance[found], kind="stable")][:LIKINGS]
-    return [
-        Liking(int(distinct[i]), int(chosen[i]), int(occurrences[i]), float(chosen[i] / (occurrences[i] * part)))
-        for i in surest
-    ]
+    # Ordered by n KL(chosen / n || p), the exponent of that chance, which is too small for a number where n is large.
+    share = chosen / occurrences
+    exponent = occurrences * (special.rel_entr(share, part) + special.rel_entr(1 - share, 1 - part))
+    surest = found[np.argsort(-exponent[found], kind="stable")][:LIKINGS]
+    return Preferences(float(part), [Liking(int(distinct[i]), int(chosen[i]), int(occurrences[i])) for i in surest])

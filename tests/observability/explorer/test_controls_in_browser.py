@@ -61,8 +61,8 @@ def click(page: Any, token: Any) -> None:
 
 
 def tab_and_arrows(page: Any, token: Any) -> None:
-    page.locator("#layer").focus()
-    page.keyboard.press("Tab")  # past the button that is disabled, into the text
+    page.locator("#clear").focus()
+    page.keyboard.press("Tab")  # into the text
     assert focused(page) == 0
     for _ in range(12):
         page.keyboard.press("ArrowRight")
@@ -143,11 +143,11 @@ def test_the_text_and_the_load_are_one_tab_stop_each(page: Any):
         )
         page.keyboard.press("Tab")
     assert stops == [
-        *["measure", "layer", "text", "load", "experts-layer"],
+        *["measure", "layer", "clear", "text", "token", "load", "experts-layer"],
         *["experts"] * 4,
-        *stops[9:],
+        *stops[11:],
     ]
-    assert not {"text", "load", "experts"} & set(stops[9:])
+    assert not {"text", "load", "experts"} & set(stops[11:])
 
 
 def test_the_focus_is_seen(page: Any):
@@ -173,12 +173,14 @@ def test_roles_and_names_are_those_that_assistive_technology_knows(page: Any, ma
     pieces = made.exploration.pieces
     options = page.get_by_role("listbox", name="the text, token by token").get_by_role("option")
     assert options.count() == len(pieces)
-    assert page.get_by_role("option", name=re.compile(r"^the, difficulty d 0\.\d\d$")).count() > 3
+    assert page.get_by_role("option", name=re.compile(r"^the, difficulty d 0\.\d{2,4}$")).count() > 3
     assert page.get_by_role("option", name=re.compile(r"^line break, ")).count() == TEXT.count("\n")
     assert page.get_by_role("option", name=re.compile(r"^part of a character, ")).count() == pieces.count("") > 0
     assert page.get_by_role("combobox", name="Shade by").get_attribute("id") == "measure"
-    assert page.get_by_role("combobox", name="Layer").count() == 2
-    assert page.get_by_role("button", name="Light up its tokens", pressed=False).count() == 4
+    assert page.get_by_role("combobox", name="Layer", exact=True).get_attribute("id") == "layer"
+    assert page.get_by_role("combobox", name="Layer of the experts").count() == 1
+    for name in ("M0", "M1", "S2", "S3"):
+        assert page.get_by_role("button", name=f"Light up the tokens of {name}, layer 0", pressed=False).count() == 1
     assert cell(page, 1, "S3").get_attribute("aria-pressed") == "false"
     charts = page.get_by_role("img").evaluate_all("all => all.map(one => one.ariaLabel)")
     assert len(charts) == 1 + 2 * 3
@@ -191,12 +193,48 @@ def test_roles_and_names_are_those_that_assistive_technology_knows(page: Any, ma
     assert unnamed == []
 
 
-def test_what_a_screen_reader_is_told_stays_one_element(page: Any):
-    live = page.locator("[aria-live]").element_handle()
+def test_what_a_screen_reader_is_told_stays_one_element_and_is_of_the_focus_alone(page: Any, made: Made):
+    live = page.get_by_role("status").element_handle()
     for index in (3, 4):
         page.locator(f'[data-token="{index}"]').focus()
-        assert re.search(r"; layer 0: experts [MS]\d and [MS]\d; layer 1", live.text_content())
+        of_layer = r"layer {}: difficulty 0\.\d\d, odds [\d.]+, [MS]\d \d+%, [MS]\d \d+%; "
+        assert re.search(
+            "".join(of_layer.format(layer) for layer in range(3)) + "likeliest next: .", live.text_content()
+        )
         assert live.evaluate("one => one.isConnected")
+    told = live.text_content()
+    page.locator('[data-token="9"]').hover()
+    assert "10 of" in details(page)
+    assert live.text_content() == told
+    cell(page, 1, "S2").click()
+    assert (
+        live.text_content() == f"S2 of layer 1: {len(tokens_of(made, 1, 2))} of {len(made.exploration.pieces)} tokens"
+    )
+
+
+def test_a_button_goes_to_the_first_token_that_is_lit(page: Any, made: Made):
+    assert page.locator("#first").is_hidden()
+    cell(page, 1, "S2").click()
+    page.locator("#first").click()
+    assert focused(page) == tokens_of(made, 1, 2)[0]
+    page.keyboard.press("Escape")
+    assert page.locator("#first").is_hidden()
+
+
+def test_without_a_token_that_was_chosen_the_details_stay_when_the_mouse_leaves(page: Any):
+    page.locator('[data-token="20"]').hover()
+    page.get_by_role("heading", level=1).hover()
+    assert "21 of" in details(page)
+
+
+@pytest.mark.parametrize("part", ["text", "load"])
+def test_arrow_keys_at_an_end_do_not_move_the_page(page: Any, part: str):
+    page.set_viewport_size({"width": 900, "height": 500})
+    page.locator(f'[data-part="{part}"] [tabindex]').last.focus()
+    before = page.evaluate("scrollY")
+    for key in ("ArrowDown", "ArrowRight") * 3:
+        page.keyboard.press(key)
+    assert page.evaluate("scrollY") == before
 
 
 @pytest.mark.parametrize("way", ["button", "click", "Enter", "Space"])
@@ -243,10 +281,10 @@ def test_lit_tokens_stand_out_and_stay_lit_when_the_shades_change(page: Any, mad
     for measure in ("loss", "group_m", "difficulty"):
         page.locator("#measure").select_option(measure)
         assert lit(page) == expected
-    opacities = page.locator("[data-token]").evaluate_all(
-        "all => all.map(one => Number(getComputedStyle(one).opacity))"
-    )
-    assert [index for index, opacity in enumerate(opacities) if opacity == 1] == expected
+    marks = page.locator("[data-token]").evaluate_all("all => all.map(one => getComputedStyle(one).textDecorationLine)")
+    assert [index for index, mark in enumerate(marks) if mark == "underline"] == expected
+    shaded = page.locator("[data-token]").evaluate_all("all => all.map(one => getComputedStyle(one).backgroundColor)")
+    assert {index for index, colour in enumerate(shaded) if colour != "rgba(0, 0, 0, 0)"} <= set(expected)
 
 
 def test_the_focus_stays_on_the_button_of_the_expert_that_it_lights_up(page: Any):
@@ -380,3 +418,41 @@ def test_pages_of_the_command_open_for_one_checkpoint_and_for_two(visiting: Open
             assert visited.page.locator("h2").all_inner_texts() == list(map(str, chosen))
             texts = visited.page.locator('[data-part="text"]').all_text_contents()
             assert texts == ["the old man"] * len(chosen)
+
+
+def test_another_measure_leaves_the_layer_of_the_experts_where_it_is(page: Any):
+    page.locator("#layer").select_option("1")
+    page.locator('[data-part="experts-layer"]').select_option("2")
+    page.locator("#measure").select_option("entropy")
+    assert page.locator('[data-part="experts-layer"]').input_value() == "2"
+    assert ", layer 2 " in page.locator(".card h4").first.inner_text()
+
+
+def test_two_models_show_the_experts_of_the_same_layer_and_the_same_place_of_the_text(
+    visiting: Open, made_pair: tuple[Any, Path]
+):
+    with visiting(made_pair[1]) as visited:
+        page = visited.page
+        first, second = page.locator(".model").all()
+        first.locator('svg [role="button"]').nth(5).click()
+        titles = [view.locator(".card h4").first.inner_text() for view in (first, second)]
+        assert [title.split(" (")[0] for title in titles] == ["M0, layer 1"] * 2
+        texts = [view.locator('[data-part="text"]') for view in (first, second)]
+        for text in texts:
+            text.evaluate("one => { one.style.maxHeight = '5rem'; one.scrollTop = 0 }")
+        texts[0].locator("[data-token]").nth(-20).focus()
+        selected = texts[1].locator('[aria-selected="true"]')
+        box, frame = selected.bounding_box(), texts[1].bounding_box()
+        assert frame["y"] - 1 <= box["y"] <= box["y"] + box["height"] <= frame["y"] + frame["height"] + 1
+
+
+def test_two_models_share_the_colours_of_the_load(visiting: Open, made_pair: tuple[Any, Path]):
+    with visiting(made_pair[1]) as visited:
+        fill = "all => all.map(one => [one.ariaLabel.match(/: (.+?)%/)[1], getComputedStyle(one).fill])"
+        fills = visited.page.locator('svg [role="button"]').evaluate_all(fill)
+        by_load: dict[str, set[str]] = {}
+        for load, colour in fills:
+            by_load.setdefault(load, set()).add(colour)
+        most = max(by_load, key=float)
+        brightest = [colour for load, colours in by_load.items() for colour in colours if load != most]
+        assert not by_load[most] & set(brightest)  # the fullest cell of the page, and no other, is the darkest

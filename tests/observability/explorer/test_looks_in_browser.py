@@ -16,7 +16,7 @@ from moxe.models.configuration_moxe import MoxEConfig
 from moxe.observability.estimates import Estimate
 from moxe.observability.explorer.exploration import Exploration, LayerExploration
 from moxe.observability.explorer.page import write_page
-from moxe.observability.explorer.preferences import LIKINGS, Liking
+from moxe.observability.explorer.preferences import LIKINGS, Liking, Preferences
 from moxe.observability.memory import ExpertMemory
 from tests.browser import PHONE, TABLET, WIDE
 from tests.observability.explorer.conftest import SENTENCES, Made, Open
@@ -171,7 +171,7 @@ def imagined(tokens: int, layers: int, experts: int, k: int) -> Exploration:
             difficulty_variance=0.08333,
             is_collapsed=False,
             odds_slope=Estimate(4.0, 3.5, 4.5),
-            likings=[[Liking(token, 90, 100, 3.21) for token in range(LIKINGS)] for _ in range(experts)],
+            preferences=[Preferences(0.1, [Liking(token, 90, 100) for token in range(LIKINGS)])] * experts,
             memory=[ExpertMemory(tokens // experts, 0.9, [1.0, 20.0, None], tokens - 10) for _ in range(experts)],
         )
 

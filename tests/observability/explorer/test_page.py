@@ -80,8 +80,8 @@ def test_its_policy_lets_nothing_run_but_its_own_scripts(elements: Elements):
     (policy,) = [a["content"] for _, a in elements.found if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules.keys() == {"default-src", "style-src", "script-src"}
-    assert rules["default-src"] == "'none'"
+    assert rules.keys() == {"default-src", "base-uri", "form-action", "style-src", "script-src"}
+    assert {rules[name] for name in ("default-src", "base-uri", "form-action")} == {"'none'"}
     kinds = [attributes.get("type") for tag, attributes in elements.found if tag == "script"]
     assert kinds == ["application/json", None, None, None]
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in elements.scripts[1:]]

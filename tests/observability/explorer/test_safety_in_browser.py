@@ -114,7 +114,7 @@ def assert_nothing_came_of_it(page: Any) -> None:
     assert page.evaluate("window.pwned") is None
     assert page.locator("img, iframe, object, embed, link, [onerror], [onload], [onclick]").count() == 0
     assert page.locator("script").count() == 4  # the data, two libraries, the code
-    inside = page.locator("[data-token], .piece, h2, .note, .facts dd").evaluate_all(
+    inside = page.locator("[data-token], .piece, h2, .model .note, .facts dd").evaluate_all(
         "all => all.flatMap(one => [...one.children].map(child => child.tagName))"
     )
     assert inside == []

@@ -14,8 +14,8 @@ function option(value, label) {
   return element("option", { value }, label);
 }
 
-// A table with a header; each row is a list of cells, and a cell a text, an element or a list of them.
-// Columns from `firstNumber` on are aligned as numbers; `last` numbers at most.
+// A table with a header; each row is a list of cells, and a cell a text, an element or a list of them. `numbers` are the
+// columns that are aligned as numbers, `chosen` is the row that is marked.
 function table(caption, header, rows, { numbers = [], chosen = -1 } = {}) {
   const kind = (index) => (numbers.includes(index) ? "number" : null);
   const head = header.map((title, index) => element("th", { scope: "col", class: kind(index) }, title));
@@ -33,7 +33,7 @@ function table(caption, header, rows, { numbers = [], chosen = -1 } = {}) {
   return element(
     "table",
     {},
-    element("caption", {}, caption),
+    caption === "" ? null : element("caption", {}, caption),
     element("thead", {}, element("tr", {}, head)),
     element("tbody", {}, body),
   );
@@ -70,11 +70,16 @@ function decimal(number, digits = 2) {
 }
 
 function percent(part, digits = 0) {
-  return `${decimal(100 * part, digits)}%`;
+  const least = 10 ** -digits;
+  return part > 0 && 100 * part < least / 2 ? `<${decimal(least, digits)}%` : `${decimal(100 * part, digits)}%`;
+}
+
+function plural(number, noun) {
+  return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 }
 
 // One tab stop for many items; the arrow keys go from one to the next. `step(index, key)` gives the index that a key
-// leads to, or undefined where the key is not for us.
+// leads to, one that is not there where the items end, and undefined where the key is not for us.
 function arrowKeys(items, step) {
   let current = 0;
   const goTo = (index) => {
@@ -88,9 +93,9 @@ function arrowKeys(items, step) {
     item.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.altKey || event.metaKey) return;
       const next = step(index, event.key);
-      if (next === undefined || items[next] === undefined) return;
-      event.preventDefault();
-      items[next].focus();
+      if (next === undefined) return;
+      event.preventDefault(); // also at the end, or the page would scroll away
+      items[next]?.focus();
     });
   });
 }

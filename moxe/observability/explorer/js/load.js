@@ -12,19 +12,22 @@ function loadLabel(model, { layer, expert, load }) {
     `${decimal(fair)} times an equal share`;
 }
 
-function showLoad(parts, model, choose) {
+// `models` are all of the page, which share the colours.
+function showLoad(parts, model, models, choose) {
   const cells = model.layers.flatMap((one, layer) =>
     one.load.map((load, expert) => ({ layer, expert, load, name: expertName(model, expert) })),
   );
   const names = d3.range(model.settings.num_experts).map((expert) => expertName(model, expert));
   const half = groupSize(model);
-  const most = d3.max(cells, ({ load }) => load);
+  const most = d3.max(models, (one) => d3.max(one.layers, ({ load }) => d3.max(load)));
   const isWide = model.settings.num_experts <= 16;
+  const room = parts.load.clientWidth - 65;
+  const cell = Math.min(46, Math.max(isWide ? 29 : 26, room / (model.settings.num_experts + 1)));
   const chart = Plot.plot({
     style: CHART_STYLE,
-    width: Math.max(320, 70 + (isWide ? 46 : 26) * model.settings.num_experts),
+    width: 65 + cell * (model.settings.num_experts + 1),
     height: 80 + 30 * model.layers.length,
-    marginLeft: 60,
+    marginLeft: 45,
     marginBottom: 45,
     x: { domain: [...names.slice(0, half), " ", ...names.slice(half)] },
     y: { label: "layer", domain: d3.range(model.layers.length), tickSize: 0 },
@@ -44,6 +47,9 @@ function showLoad(parts, model, choose) {
       isWide ? Plot.text(cells, { x: "name", y: "layer", text: ({ load }) => percent(load), fill: "currentColor", pointerEvents: "none" }) : null,
     ],
   });
+  for (const drawn of chart.querySelectorAll(":scope > g")) {
+    if (drawn.getAttribute("aria-label") !== "cell") drawn.setAttribute("aria-hidden", "true");
+  }
   chart.setAttribute("role", "group");
   chart.setAttribute("aria-label", "load of every expert, a button each");
   const buttons = [...chart.querySelectorAll('g[aria-label="cell"] rect')];
@@ -60,7 +66,7 @@ function showLoad(parts, model, choose) {
   arrowKeys(buttons, (index, key) => {
     const { layer, expert } = cells[index];
     const at = (row, column) =>
-      row in model.layers && column >= 0 && column < model.settings.num_experts ? row * model.settings.num_experts + column : undefined;
+      row in model.layers && column >= 0 && column < model.settings.num_experts ? row * model.settings.num_experts + column : -1;
     if (key === "ArrowRight") return at(layer, expert + 1);
     if (key === "ArrowLeft") return at(layer, expert - 1);
     if (key === "ArrowDown") return at(layer + 1, expert);

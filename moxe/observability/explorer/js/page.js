@@ -2,45 +2,48 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const models = data.models;
-const controls = Object.fromEntries(["measure", "layer", "clear"].map((id) => [id, document.getElementById(id)]));
+const controls = Object.fromEntries(["measure", "layer", "clear", "first"].map((id) => [id, document.getElementById(id)]));
 const state = {
   measure: models.some((model) => hasMeasure(model, "difficulty")) ? "difficulty" : "loss",
   layer: MEAN,
   pointed: null, // of one model: {view, index}
   focused: null, // likewise
   expert: null, // of one model: {view, layer, expert}
+  expertsLayer: 0, // whose experts are shown, of all models alike
 };
 
 class View {
-  constructor(model, index) {
+  constructor(model) {
     this.model = model;
-    this.index = index;
     const copy = document.getElementById("model").content.cloneNode(true);
     this.section = copy.querySelector("section");
     this.parts = {};
     for (const part of copy.querySelectorAll("[data-part]")) this.parts[part.dataset.part] = part;
     document.getElementById("models").append(copy);
-    this.expertsLayer = 0;
     this.parts.name.textContent = model.name;
     this.section.setAttribute("aria-label", model.name);
     this.parts.facts.append(...facts(model));
     this.parts.warnings.append(...warnings(model));
     this.parts.differences.append(...differences(model));
-    this.tokens = makeText(this.parts, model, (change) => chooseToken(this, change));
-    this.starts = d3.cumsum(["", ...model.pieces], (piece) => piece.length);
+    this.parts.differences.hidden = this.parts.differences.childElementCount === 0;
+    this.tokens = makeText(this.parts, model, {
+      point: (token) => pointAt(this, token),
+      leave: pointAway,
+      focus: (token) => focusOn(this, token),
+    });
+    this.starts = startsOf(model.pieces);
     this.parts["experts-layer"].append(...d3.range(model.layers.length).map((layer) => option(layer, layer)));
     this.parts["experts-layer"].addEventListener("change", (event) => {
-      this.expertsLayer = Number(event.target.value);
-      this.showExperts();
+      showExpertsOf(Number(event.target.value));
     });
     this.draw();
     this.shade();
   }
 
-  // Charts take their colours from the page, so they are drawn anew when it turns dark or light.
+  // Charts take their colours and widths from the page, so they are drawn anew when it turns dark or narrow.
   draw() {
-    this.load = showLoad(this.parts, this.model, (expert) => this.choose(expert));
-    showTheory(this.parts, this.model);
+    this.load = showLoad(this.parts, this.model, models, (expert) => this.choose(expert));
+    showTheory(this.parts, this.model, models);
     this.showExperts();
     markLoad(this.load, this.expert());
   }
@@ -62,15 +65,16 @@ class View {
   }
 
   light() {
-    lightText(this.parts, this.model, this.tokens, this.expert());
+    this.lit = lightText(this.parts, this.model, this.tokens, this.expert());
   }
 
   showExperts() {
-    this.parts["experts-layer"].value = this.expertsLayer;
+    const layer = Math.min(state.expertsLayer, this.model.layers.length - 1);
+    this.parts["experts-layer"].value = layer;
     const focused = this.parts.experts.contains(document.activeElement)
       ? document.activeElement.closest("[data-expert]")?.dataset.expert
       : undefined;
-    showExperts(this.parts, this.model, this.expertsLayer, this.expert(), (expert) => this.choose(expert));
+    showExperts(this.parts, this.model, models, layer, this.expert(), (expert) => this.choose(expert));
     if (focused !== undefined) this.parts.experts.querySelector(`[data-expert="${focused}"] button`).focus();
   }
 
@@ -78,8 +82,10 @@ class View {
   tokenAt(chosen) {
     if (chosen === null || chosen.view === this) return chosen?.index ?? null;
     const start = chosen.view.starts[chosen.index];
-    if (this.starts[chosen.index] === start && chosen.index < this.model.pieces.length) return chosen.index;
-    return start < this.starts.at(-1) ? d3.bisectRight(this.starts, start) - 1 : null;
+    if (this.starts[chosen.index] === start) return chosen.index;
+    const last = d3.bisectRight(this.starts, start) - 1;
+    const isBehind = start >= this.starts.at(-1) + this.model.pieces.at(-1).length;
+    return isBehind && last === this.starts.length - 1 ? null : d3.bisectLeft(this.starts, this.starts[last]);
   }
 
   showToken() {
@@ -88,17 +94,29 @@ class View {
     this.tokens[this.selected]?.setAttribute("aria-selected", "false");
     this.selected = here;
     this.tokens[here]?.setAttribute("aria-selected", "true");
+    if (here !== null && state.pointed === null) scrollTo(this.parts.text, this.tokens[here]);
   }
+}
+
+// Where in the text the character of each token begins: one that only completes a character begins where that does.
+function startsOf(pieces) {
+  let start = 0;
+  let end = 0;
+  return pieces.map((piece) => {
+    if (piece !== "") start = end;
+    end += piece.length;
+    return start;
+  });
 }
 
 function facts(model) {
   const loss = mean(model.losses);
   const pairs = [
-    ["text", `${data.text_name}, ${count(model.pieces.length)} tokens`],
+    ["text", `${data.text_name}, ${plural(model.pieces.length, "token")}`],
     ["loss", `${decimal(loss)} nats a token`],
     ["layers", model.layers.length],
     ["experts", `${model.settings.num_experts} a layer, ${model.settings.num_experts_per_tok} a token`],
-    ["γ", model.settings.gamma],
+    ...(hasMeasure(model, "difficulty") ? [["γ", model.settings.gamma]] : []),
   ];
   return pairs.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value))));
 }
@@ -126,31 +144,63 @@ function warnings(model) {
   return found.map(warning);
 }
 
-function chooseToken(view, change) {
-  const changed = Object.entries(change).filter(([name, index]) => {
-    const before = state[name];
-    return index === null ? before !== null : before?.view !== view || before.index !== index;
-  });
-  if (changed.length === 0) return;
-  for (const [name, index] of changed) state[name] = index === null ? null : { view, index };
-  views.forEach((view) => view.showToken());
+// What the mouse points at is shown until it leaves the text for a token that was chosen before; without one it stays, so
+// that the mouse can go to the details.
+function pointAt(view, index) {
+  if (state.pointed?.view === view && state.pointed.index === index) return;
+  state.pointed = { view, index };
+  views.forEach((one) => one.showToken());
+}
+
+function pointAway() {
+  if (state.pointed === null || state.focused === null) return;
+  state.pointed = null;
+  views.forEach((one) => one.showToken());
+}
+
+function focusOn(view, index) {
+  state.focused = { view, index };
+  state.pointed = null;
+  views.forEach((one) => one.showToken());
+  say(summary(view.model, index, layerIn(view.model, state.layer)));
+}
+
+// For screen readers, which tell of changes in an element that was there before.
+function say(words) {
+  document.getElementById("spoken").textContent = words;
 }
 
 function chooseExpert(expert) {
   state.expert = expert;
-  controls.clear.disabled = expert === null;
+  controls.clear.setAttribute("aria-disabled", String(expert === null)); // not disabled, which would lose the focus
   controls.clear.textContent = expert === null ? "All experts" : `Only ${expertTitle(expert)}: show all`;
+  if (expert !== null) state.expertsLayer = expert.layer;
   for (const view of views) {
-    if (expert?.view === view) view.expertsLayer = expert.layer;
     markLoad(view.load, view.expert());
     view.light();
     view.showExperts();
   }
+  const lit = expert === null ? 0 : expert.view.lit.size;
+  controls.first.hidden = lit === 0;
+  const words = expert === null ? "all tokens" : `${count(lit)} of ${plural(expert.view.model.pieces.length, "token")}`;
+  controls.first.textContent = `Go to the first of ${words}`;
+  say(expert === null ? "All experts" : `${expertTitle(expert)}: ${words}`);
+}
+
+function goToFirst() {
+  const { tokens, lit } = state.expert.view;
+  tokens[Math.min(...lit)].focus();
+}
+
+function showExpertsOf(layer) {
+  state.expertsLayer = layer;
+  views.forEach((view) => view.showExperts());
 }
 
 function expertTitle({ view, layer, expert }) {
   const name = `${expertName(view.model, expert)} of layer ${layer}`;
-  return models.length > 1 ? `${name}, ${view.model.name}` : name;
+  const folder = view.model.name.replace(/[/\\]+$/, "").split(/[/\\]/).at(-1);
+  return models.length > 1 ? `${name}, ${folder}` : name;
 }
 
 function fillControls() {
@@ -169,22 +219,32 @@ function readControls() {
   state.measure = controls.measure.value;
   state.layer = controls.layer.value === MEAN ? MEAN : Number(controls.layer.value);
   controls.layer.disabled = !MEASURES[state.measure].byLayer;
-  for (const view of views) {
-    if (layerIn(view.model, state.layer) !== MEAN) view.expertsLayer = state.layer;
-    view.shade();
-    view.showExperts();
-  }
+  views.forEach((view) => view.shade());
+}
+
+function readLayer() {
+  readControls();
+  if (state.layer !== MEAN) showExpertsOf(state.layer);
 }
 
 document.body.classList.toggle("pair", models.length > 1);
+document.getElementById("about-difficulty").hidden = !models.every((model) => hasMeasure(model, "difficulty"));
+if (!models.every((model) => model.settings.expert_kind === "xlstm")) MEASURES.group_m.label = "weight of group M";
 fillControls();
 const views = [];
-for (const [index, model] of models.entries()) views.push(new View(model, index));
+for (const model of models) views.push(new View(model));
 controls.measure.addEventListener("change", readControls);
-controls.layer.addEventListener("change", readControls);
+controls.layer.addEventListener("change", readLayer);
 controls.clear.addEventListener("click", () => chooseExpert(null));
+controls.first.addEventListener("click", goToFirst);
 document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && state.expert !== null) chooseExpert(null);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => views.forEach((view) => view.draw()));
+const draw = () => views.forEach((view) => view.draw());
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (width !== innerWidth) draw();
+  width = innerWidth;
+});

@@ -16,7 +16,8 @@ function shadeOf(value, [low, high]) {
   return Math.min(SHADES - 1, Math.max(0, Math.floor((SHADES * (value - low)) / (high - low))));
 }
 
-function makeText(parts, model, choose) {
+// `point`, `leave` and `focus` are told what happens to which token.
+function makeText(parts, model, { point, leave, focus }) {
   const tokens = model.pieces.map((text, index) => {
     const shown = text === "" ? "·" : text.replaceAll("\n", "↵\n");
     return element("span", { role: "option", "aria-selected": "false", "data-token": index }, shown);
@@ -29,14 +30,14 @@ function makeText(parts, model, choose) {
   // Not "pointerover", which also comes where the text scrolls under a mouse that rests.
   parts.text.addEventListener("pointermove", (event) => {
     const index = indexOf(event);
-    if (index !== null && event.pointerType === "mouse") choose({ pointed: index });
+    if (index !== null && event.pointerType === "mouse") point(index);
   });
-  parts.text.addEventListener("pointerleave", () => choose({ pointed: null }));
+  parts.text.addEventListener("pointerleave", leave);
   parts.text.addEventListener("click", (event) => {
     const index = indexOf(event);
     if (index !== null) tokens[index].focus();
   });
-  parts.text.addEventListener("focusin", (event) => choose({ pointed: null, focused: indexOf(event) }));
+  parts.text.addEventListener("focusin", (event) => focus(indexOf(event)));
   arrowKeys(tokens, (index, key) => {
     if (key === "ArrowRight") return index + 1;
     if (key === "ArrowLeft") return index - 1;
@@ -63,7 +64,7 @@ function nearestInLine(tokens, index, direction) {
     const distance = Math.abs(there.left - here.left);
     if (best === undefined || distance < best.distance) best = { distance, other };
   }
-  return best?.other;
+  return best?.other ?? -1;
 }
 
 function shadeText(parts, model, tokens, { measure, layer }, ends) {
@@ -75,17 +76,18 @@ function shadeText(parts, model, tokens, { measure, layer }, ends) {
     return;
   }
   const values = valuesOf(model, measure, layer);
+  const step = (ends[1] - ends[0]) / SHADES;
+  const digits = step > 0 ? Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(step)))) : 2; // that tell the shades apart
   tokens.forEach((token, index) => {
     token.className = `s${shadeOf(values[index], ends)}`;
-    const value = values[index] === null ? "none" : decimal(values[index]) + unit;
+    const value = values[index] === null ? "none" : decimal(values[index], digits) + unit;
     token.setAttribute("aria-label", `${spoken(model.pieces[index])}, ${label} ${value}`);
   });
   const where = byLayer ? `, ${layerLabel(layerIn(model, layer))}` : "";
   const isGroups = measure === "group_m";
   const colours = isGroups ? "blue: group M, orange: group S" : "the stronger the colour, the more";
   parts["key-title"].textContent = `Shaded by ${label}${where}; ${colours}.`;
-  const step = (ends[1] - ends[0]) / SHADES;
-  const bounds = d3.range(SHADES).map((shade) => decimal(ends[0] + shade * step));
+  const bounds = d3.range(SHADES).map((shade) => decimal(ends[0] + shade * step, digits));
   const range = (shade) => {
     if (!(step > 0)) return shade === 0 ? `all ${bounds[0]}${unit}` : null;
     if (shade === 0) return `below ${bounds[1]}${unit}`;
@@ -97,10 +99,24 @@ function shadeText(parts, model, tokens, { measure, layer }, ends) {
   parts.key.classList.toggle("groups", isGroups);
 }
 
+// So that what is chosen is seen also where it was chosen elsewhere; the page itself stays where it is.
+function scrollTo(container, token) {
+  const above = token.offsetTop - container.scrollTop;
+  if (above < 0 || above + token.offsetHeight > container.clientHeight) {
+    container.scrollTop = token.offsetTop - container.clientHeight / 2;
+  }
+}
+
+// Marks the tokens of an expert, and returns which they are.
 function lightText(parts, model, tokens, expert) {
   parts.text.classList.toggle("lit", expert !== null);
-  tokens.forEach((token, index) => {
-    const isLit = expert !== null && expertsOf(model, expert.layer, index).some((one) => one.expert === expert.expert);
-    token.classList.toggle("lit", isLit);
-  });
+  const k = model.settings.num_experts_per_tok;
+  const lit = new Set();
+  if (expert !== null) {
+    model.layers[expert.layer].experts.forEach((one, place) => {
+      if (one === expert.expert) lit.add(Math.floor(place / k));
+    });
+  }
+  tokens.forEach((token, index) => token.classList.toggle("lit", lit.has(index)));
+  return lit;
 }

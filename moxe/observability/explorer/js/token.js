@@ -1,8 +1,6 @@
 // What is known of one token: its losses, the decision of every layer, and what the model expected next.
 
 function showToken(parts, model, index, layer) {
-  // Screen readers tell of changes in an element that was there before.
-  parts.summary.textContent = index === null ? "" : summary(model, index);
   if (index === null) {
     parts.token.replaceChildren(
       element("h3", {}, "The chosen token"),
@@ -22,12 +20,17 @@ function showToken(parts, model, index, layer) {
   );
 }
 
-function summary(model, index) {
-  const layers = model.layers.map((_, layer) => {
-    const experts = expertsOf(model, layer, index).map(({ expert }) => expertName(model, expert));
-    return `layer ${layer}: experts ${experts.join(" and ")}`;
+// The same in one sentence, for a screen reader that goes from token to token.
+function summary(model, index, chosenLayer) {
+  const numbers = chosenLayer === MEAN ? d3.range(model.layers.length) : [chosenLayer];
+  const layers = numbers.map((layer) => {
+    const { difficulty, log_odds } = model.layers[layer];
+    const experts = expertsOf(model, layer, index).map(({ expert, weight }) => `${expertName(model, expert)} ${percent(weight)}`);
+    const d = difficulty === null ? "" : `difficulty ${decimal(difficulty[index])}, `;
+    return `layer ${layer}: ${d}odds ${decimal(Math.exp(log_odds[index]))}, ${experts.join(", ")}`;
   });
-  return `${spoken(model.pieces[index])}; ${layers.join("; ")}`;
+  const next = readable(model.vocabulary[model.next_ids[(index * model.next_ids.length) / model.pieces.length]]);
+  return `${spoken(model.pieces[index])}; ${layers.join("; ")}; likeliest next: ${next}`;
 }
 
 function decisions(model, index, layer) {
@@ -68,12 +71,12 @@ function expectations(model, index) {
   });
   const follows =
     next === undefined
-      ? "Here the text ends."
-      : `What follows is ${readable(model.pieces[index + 1])}, at a loss of ${decimal(model.losses[index + 1])} nats.`;
+      ? ["Here the text ends."]
+      : ["What follows is ", piece(model.pieces[index + 1]), `, at a loss of ${decimal(model.losses[index + 1])} nats.`];
   return element(
     "div",
     {},
     table("The likeliest next tokens", ["token", "probability"], rows, { numbers: [1] }),
-    element("p", {}, follows),
+    element("p", {}, ...follows),
   );
 }

@@ -6,7 +6,6 @@ Colours are told apart with any colour vision (Okabe and Ito's palette; viridis 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from moxe.files import moved_when_whole
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", GREY)
@@ -44,11 +45,8 @@ def save_all(figures: Mapping[str, Figure], output_dir: Path, formats: Sequence[
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure in the format of the path's suffix; the same figure gives the same file."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with mpl.rc_context({"svg.hashsalt": "moxe"}):  # names inside an SVG are random otherwise
-            figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # what a full disk leaves
+    suffix = path.suffix.removeprefix(".")
+    # Names inside an SVG are random without a salt.
+    with moved_when_whole(path) as unfinished, mpl.rc_context({"svg.hashsalt": "moxe"}):
+        figure.savefig(unfinished, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
     return path

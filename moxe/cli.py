@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import moxe
 from moxe.benchmarks import QUESTIONS
 from moxe.data.config import DataConfig
-from moxe.errors import Stopped, UserError, shown
+from moxe.errors import Stopped, UserError, printable, shown
 from moxe.experiments import MOST_TOKENS, SCALES, TABLES
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _refuse(sentence: str) -> int:
     sentence = " ".join(sentence.split())
     if len(sentence) > LONGEST_SENTENCE:
         sentence = f"{sentence[: LONGEST_SENTENCE // 2]} ... {sentence[-LONGEST_SENTENCE // 2 :]}"
-    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in sentence)
-    _complain(f"moxe: {printable}")
+    _complain(f"moxe: {printable(sentence)}")
     return EXIT_USER_ERROR
 
 

@@ -1,4 +1,4 @@
-"""What ends a command in one sentence instead of a traceback, and how that sentence shows a value."""
+"""What ends a command in one sentence instead of a traceback, and how what is printed shows a value or a name."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def shown(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 2**128:
         return f"a number of {value.bit_length()} bits"
     return _SHORT.repr(value)
+
+
+def printable(text: str) -> str:
+    """The text with what would break the line, move the cursor or colour the terminal escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moxe.errors import UserError
-from moxe.observability.metrics import RoutingStatistics, check_line, parse_line
+from moxe.observability.metrics import LARGEST_INTEGER, RoutingStatistics, check_line, is_number, parse_line
 from moxe.observability.watch import RoutingWatch
 
 # The lines that a change is taken over.
@@ -75,14 +75,14 @@ class RunState:
         """The steps of the whole run, where the settings or the place in the epoch tell."""
         training = self.settings.get("training", {})
         steps, epochs = training.get("max_steps"), training.get("num_epochs")
-        if isinstance(steps, int) and steps > 0:
+        if is_number(steps) and isinstance(steps, int) and steps > 0:
             return steps
         epoch = self.recent[-1].get("epoch") if self.recent else None
-        if not epoch or not isinstance(epochs, int | float):
+        if not epoch or not is_number(epochs) or not self.step / epoch < math.inf:
             return None
         # An epoch's last step may have fewer batches than the others, so this is below the whole number of its steps.
-        steps_an_epoch = math.ceil(self.step / epoch - 1e-6)
-        return math.ceil(epochs * steps_an_epoch)
+        max_steps = epochs * max(1, math.ceil(self.step / epoch - 1e-6))
+        return math.ceil(max_steps) if 0 < max_steps <= LARGEST_INTEGER else None
 
     @property
     def seconds_left(self) -> float | None:

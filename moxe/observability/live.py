@@ -61,8 +61,9 @@ def plain_line(record: Mapping[str, Any], max_steps: int | None) -> str:
     steps = "" if max_steps is None else f"/{max_steps}"
     parts = [f"step {record['step']}{steps}"]
     if is_validation(record):
-        terms = [name.removeprefix("validation_") for name in record if name.endswith("loss")]
-        return "  ".join([f"{parts[0]}  validation:", *(_named(name, record[f"validation_{name}"]) for name in terms)])
+        terms = [name for name in record if name.startswith("validation_") and name.endswith("loss")]
+        losses = [_named(name.removeprefix("validation_"), record[name]) for name in terms]
+        return "  ".join([f"{parts[0]}  validation:", *losses])
     parts += [_named(name, record[name]) for name in loss_terms(record)]
     if "gradient_norm" in record:
         parts.append(f"gradient norm {record['gradient_norm']:.2f}")

@@ -12,17 +12,19 @@ validation_layers.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from moxe.errors import UserError, shown
 from moxe.files import write_whole
 
 # What a line holds beside numbers.
 _NESTED = ("layers", "gradient_norms", "validation_layers")
+LARGEST_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,32 @@ def check_line(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]
     Raises:
         UserError: for a line that no training wrote, naming `where` it stands.
     """
-    if not isinstance(record.get("step"), int):
+    if "step" not in record:
         raise UserError(f"{where} has no step, so no training wrote it")
+    step = record["step"]
+    if not is_number(step) or not isinstance(step, int) or step < 1:
+        raise UserError(
+            f"{where} holds step={shown(step)}, which is no whole number from 1 on, so no training wrote it"
+        )
     norms = record.get("gradient_norms", {})
     if not isinstance(norms, dict):
         raise UserError(f"{where} holds gradient_norms={shown(norms)}, so no training wrote it")
-    for name, value in (*record.items(), *norms.items()):
-        if name not in _NESTED and not isinstance(value, int | float):
+    numbers = [(name, value) for name, value in record.items() if name not in _NESTED]
+    for name, value in (*numbers, *norms.items()):
+        if not name.isprintable():  # a terminal would obey it
+            raise UserError(f"{where} holds a name that cannot be printed, {shown(name)}, so no training wrote it")
+        if not is_number(value):
             raise UserError(f"{where} holds {name}={shown(value)}, which is no number, so no training wrote it")
+    if not 0 <= record.get("epoch", 0) < math.inf:
+        raise UserError(f"{where} holds epoch={shown(record['epoch'])}, so no training wrote it")
     return layers_of(record, where)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number as a training has it: a float, also NaN and Infinity, or an integer of 64 bits."""
+    if isinstance(value, int):  # of which bool is a kind
+        return not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+    return isinstance(value, float)
 
 
 def layers_of(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]:
@@ -139,11 +158,12 @@ def layers_of(record: Mapping[str, Any], where: str) -> list[RoutingStatistics]:
     Raises:
         UserError: for layers that no training wrote, naming `where` they stand.
     """
+    written = record.get("layers", [])
     try:
-        layers = [RoutingStatistics(**layer) for layer in record.get("layers", [])]
+        layers = [RoutingStatistics(**layer) for layer in written]
     except TypeError:
         layers = None
-    if layers is None or not all(map(_is_routing, layers)):
+    if not isinstance(written, list) or layers is None or not all(map(_is_routing, layers)):
         raise UserError(f"{where} holds layers that no training wrote")
     return layers
 
@@ -165,6 +185,6 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
 
 def _is_routing(layer: RoutingStatistics) -> bool:
     load = layer.load
-    numbers = (layer.difficulty_mean or 0, layer.difficulty_variance or 0, layer.router_entropy, layer.mlstm_share)
+    of_difficulty = [value for value in (layer.difficulty_mean, layer.difficulty_variance) if value is not None]
     are_shares = isinstance(load, list) and len(load) > 0 and len(load) % 2 == 0
-    return are_shares and all(isinstance(number, int | float) for number in (*load, *numbers))
+    return are_shares and all(map(is_number, (*load, *of_difficulty, layer.router_entropy, layer.mlstm_share)))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moxe.observability.metrics import RoutingStatistics
+from moxe.observability.metrics import RoutingStatistics, is_number
 
 # An expert below both is dead; with more than ten experts, where an even share is itself small, the second decides.
 DEAD_LOAD = 0.01  # of the assignments
@@ -158,11 +158,7 @@ class RoutingWatch:
     def _other(self, setting: str, side: str, comparative: str) -> str:
         """A setting and on which side of the run's value the next one may lie."""
         value = self._model.get(setting)
-        return (
-            f"a {comparative} model.{setting}"
-            if not isinstance(value, int | float)
-            else f"model.{setting} {side} {value:g}"
-        )
+        return f"a {comparative} model.{setting}" if not is_number(value) else f"model.{setting} {side} {value:g}"
 
 
 def dead_bound(num_experts: int) -> float:

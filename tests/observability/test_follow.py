@@ -150,12 +150,28 @@ def test_a_file_that_is_cut_short_in_its_place_is_read_again(tmp_path: Path):
         (b"[1]", "line 2 of .* is no JSON object"),
         (b"\xff", "line 2 of .* is no valid UTF-8"),
         (b"{}", "line 2 of .* has no step, so no training wrote it"),
+        (b'{"step": 0}', "line 2 of .* holds step=0, which is no whole number from 1 on, so no training"),
+        (b'{"step": true}', "line 2 of .* holds step=True, which is no whole number from 1 on"),
+        (b'{"step": 1, "epoch": NaN}', "line 2 of .* holds epoch=nan, so no training wrote it"),
+        (b'{"step": 1, "epoch": -0.5}', "line 2 of .* holds epoch=-0.5, so no training wrote it"),
+        (b'{"step": 1, "epoch": Infinity}', "line 2 of .* holds epoch=inf, so no training wrote it"),
+        (b'{"step": 1, "epoch": 1' + 400 * b"0" + b"}", "line 2 of .* holds epoch=a number of 1329 bits, which is no"),
+        (b'{"step": 1, "loss": true}', "line 2 of .* holds loss=True, which is no number"),
+        (rb'{"step": 1, "x\u001b[31m_loss": 1}', r"line 2 of .* a name that cannot be printed, 'x\\x1b\[31m_loss', so"),
+        (rb'{"step": 1, "gradient_norms": {"a\nb": 1}}', r"line 2 of .* a name that cannot be printed, 'a\\nb', so no"),
+        (b'{"step": 1, "gradient_norms": {"layers": null}}', "line 2 of .* holds layers=None, which is no number"),
+        (b'{"step": 1, "layers": {}}', "line 2 of .* holds layers that no training wrote"),
         (b'{"step": 1, "loss": "low"}', "line 2 of .* holds loss='low', which is no number"),
         (b'{"step": 1, "tokens_per_second": null}', "line 2 of .* holds tokens_per_second=None, which is no number"),
         (b'{"step": 1, "layers": [{"load": [1]}]}', "line 2 of .* holds layers that no training wrote"),
         (b'{"step": 1, "layers": 3}', "line 2 of .* holds layers that no training wrote"),
         (
             b'{"step": 1, "layers": [{"load": [1], "difficulty_mean": 1, "difficulty_variance": 1, '
+            b'"router_entropy": 1, "mlstm_share": 1}]}',
+            "line 2 of .* holds layers that no training wrote",
+        ),
+        (
+            b'{"step": 1, "layers": [{"load": [1, 0], "difficulty_mean": "", "difficulty_variance": 1, '
             b'"router_entropy": 1, "mlstm_share": 1}]}',
             "line 2 of .* holds layers that no training wrote",
         ),
@@ -190,15 +206,27 @@ def test_the_warnings_are_those_that_the_training_prints():
         ({"max_steps": -1, "num_epochs": 2.5}, 600, 600 / 545, 1363),
         ({"max_steps": -1, "num_epochs": 3}, 1, 0.4, 9),  # 10 batches, 4 a step: the third step has 2
         ({"max_steps": -1, "num_epochs": 3}, 5, 1.8, 9),
+        ({"max_steps": -1, "num_epochs": 2}, 1, 1e9, 2),  # an epoch has a step at least
+        ({"max_steps": -1, "num_epochs": 1.0}, 10, 1e-320, None),
+        ({"max_steps": -1, "num_epochs": math.nan}, 10, 0.5, None),
+        ({"max_steps": -1, "num_epochs": math.inf}, 10, 0.5, None),
+        ({"max_steps": -1, "num_epochs": 10**400}, 10, 0.5, None),
+        ({"max_steps": -1, "num_epochs": 1e308}, 10, 1e-300, None),
+        ({"max_steps": True, "num_epochs": 1.0}, 10, 0.5, 20),
+        ({"max_steps": 10**400}, 10, 0.5, None),
         ({"max_steps": -1}, 10, 0.5, None),
         ({}, 10, 0.5, None),
     ],
 )
 def test_the_steps_of_the_whole_run(training: dict[str, Any], step: int, epoch: float, expected: int | None):
     state = RunState("run", {"training": training})
-    assert state.max_steps == (training.get("max_steps") if training.get("max_steps", -1) > 0 else None)
     state.add(training_line(step, epoch=epoch), "here")
     assert state.max_steps == expected
+
+
+def test_before_the_first_line_only_the_settings_tell_the_steps_of_the_whole_run():
+    assert RunState("run", RECIPE).max_steps == 400
+    assert RunState("run", {"training": {"max_steps": -1, "num_epochs": 1.0}}).max_steps is None
 
 
 def test_the_time_left_and_the_change():

@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 
-from moxe.errors import UserError
+from moxe.errors import Stopped, UserError, printable
 from moxe.observability.follow import MetricsFollower, RunState
 from moxe.observability.live import plain_line, view
 from moxe.training.checkpoint import EVALUATION, LOCK, METRICS, RECIPE, Checkpoints, read_json_object
+from moxe.training.signals import stop_signals
 
 
 def _wait() -> None:
@@ -26,6 +27,8 @@ def _wait() -> None:
 def watch_run(run: str | Path, console: Console, wait: Callable[[], object] = _wait) -> None:
     """Show a run from its beginning and follow it until no process trains in its folder; then say how it stands.
 
+    Where nobody can see whether one does, it is shown as it is and said so.
+
     Args:
         run: the folder of the run.
         console: a view that fits it if it is a terminal; otherwise a line for each line of metrics.jsonl.
@@ -34,35 +37,54 @@ def watch_run(run: str | Path, console: Console, wait: Callable[[], object] = _w
     Raises:
         UserError: if there is no such folder, if it holds no metrics and nobody trains in it, and for a line of
             metrics.jsonl that no training wrote.
+        Stopped: when SIGINT, SIGTERM or SIGHUP asked for the end; a terminal is as it was before, with the last view.
     """
     path = Path(os.path.expanduser(run))
     if not path.is_dir():
         raise UserError(
             f"there is no run folder {str(run)!r}: give the one that moxe train writes, such as runs/default"
         )
-    follower = MetricsFollower(path / METRICS, lambda: RunState(str(path), _settings(path)))
+    follower = MetricsFollower(path / METRICS, lambda: RunState(printable(str(path)), _settings(path)))
     looks = _looks(follower, path, wait)
-    if console.is_terminal and not console.is_dumb_terminal:
-        _show(follower, looks, console)
-    else:
-        _print_lines(follower, looks)
+    try:
+        with stop_signals():
+            if console.is_terminal and not console.is_dumb_terminal:
+                _show(follower, looks, console)
+            else:
+                _print_lines(follower, looks)
+    except Stopped as stopped:
+        raise Stopped(stopped.signum, "the training is left alone") from None
     if not follower.state.recent:
-        raise UserError(
-            f"nobody is training in {path}, and its {METRICS} holds nothing to show: start moxe train first"
-        )
-    print(_standing(path, follower.state), flush=True)
+        raise UserError(f"{_nobody(path)}, and its {METRICS} holds nothing to show: start moxe train first")
+    print(printable(_standing(path, follower.state)), flush=True)
 
 
-def is_trained(run: Path) -> bool:
-    """Whether a process trains in this folder, this moment; one that may not be asked counts as if it did."""
+def is_trained(run: Path) -> bool | None:
+    """Whether a process trains in this folder, this moment; None where nobody can see it: its lock may not be read."""
     if not (run / LOCK).exists():
         return False
     lock = FileLock(run / LOCK, timeout=0)
     try:
         lock.acquire()
-    except (Timeout, PermissionError):
+    except Timeout:
         return True
+    except OSError:  # the run of another user, or on a disk that may only be read
+        return _is_held(run / LOCK)
     lock.release()
+    return False
+
+
+def _is_held(lock: Path) -> bool | None:
+    """As `is_trained`, of a lock that may be read at most: a shared lock, which reading allows, is refused if so."""
+    try:
+        import fcntl  # not on Windows
+
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return None
     return False
 
 
@@ -111,4 +133,11 @@ def _standing(run: Path, state: RunState) -> str:
     of = "" if state.max_steps is None else f" of {state.max_steps:,}"
     saved = Checkpoints(run).all()
     again = f"goes on from {saved[0].path}" if saved else "starts again"
-    return f"nobody is training in {run}, which stands at step {state.step:,}{of}: the same moxe train command {again}"
+    return f"{_nobody(run)}, which stands at step {state.step:,}{of}: the same moxe train command {again}"
+
+
+def _nobody(run: Path) -> str:
+    """Why the view has ended."""
+    if is_trained(run) is None:
+        return f"nobody can see, since {LOCK} may not be read, whether a process trains in {run}"
+    return f"nobody is training in {run}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from rich.console import Console
 from moxe.cli import main
 from moxe.errors import UserError
 from moxe.recipe import Recipe
+from moxe.training import watch
 from moxe.training.run_folder import RunFolder
 from moxe.training.watch import is_trained, watch_run
 from tests.training.runs import ALL_STEPS, Finished, tiny_recipe
@@ -102,6 +106,56 @@ def test_asking_whether_a_run_is_trained_leaves_it_free_and_writes_nothing(finis
         assert not is_trained(path)
     with FileLock(path / ".lock", timeout=0):
         assert is_trained(path)
+
+
+class NotMine:
+    """The lock of another user, which may not be opened for writing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def acquire(self) -> None:
+        raise PermissionError(13, "Permission denied")
+
+
+def test_the_run_of_another_user_is_followed_until_its_lock_is_free(
+    capsys: pytest.CaptureFixture[str], finished: Finished, stopped: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lock = FileLock(stopped / ".lock")
+    monkeypatch.setattr(watch, "FileLock", NotMine)
+    path = finished.result.path
+    assert printed(capsys, path)[-1] == f"{path} is finished after 4 steps: evaluation.json holds its numbers"
+    with lock:
+        assert is_trained(stopped)
+        lines = printed(capsys, stopped, lock.release)
+    assert not is_trained(stopped)
+    assert lines[-1].startswith(f"nobody is training in {stopped}, which stands at step 4 of 4: ")
+
+
+def test_a_run_whose_lock_may_not_even_be_read_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], copied: Path):
+    (copied / ".lock").unlink(missing_ok=True)
+    (copied / ".lock").mkdir()  # which cannot be opened either, also by root
+    assert is_trained(copied) is None
+    assert printed(capsys, copied)[-1].endswith("is finished after 4 steps: evaluation.json holds its numbers")
+    (copied / "evaluation.json").unlink()
+    *lines, last = printed(capsys, copied)
+    assert len(lines) == len(ALL_STEPS)
+    nobody = f"nobody can see, since .lock may not be read, whether a process trains in {copied}"
+    assert last.startswith(f"{nobody}, which stands at step 4 of 4: the same moxe train command goes on from ")
+    (copied / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=f"{nobody}, and its metrics.jsonl holds nothing to show"):
+        printed(capsys, copied)
+
+
+def test_the_name_of_a_folder_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    run, escaped = tmp_path / "a\x1b[2J", str(tmp_path / r"a\x1b[2J")
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(LINE)
+    output = io.StringIO()
+    watch_run(run, Console(file=output, force_terminal=True, width=200, height=24, color_system=None), pytest.fail)
+    assert capsys.readouterr().out.startswith(f"nobody is training in {escaped}, which stands at step 1")
+    assert escaped in output.getvalue()
+    assert "\x1b[2J" not in output.getvalue()
 
 
 def test_asking_does_not_keep_a_training_from_beginning(make_recipe: Callable[..., Recipe]):
@@ -215,7 +269,8 @@ def test_a_reader_that_has_seen_enough_and_ctrl_c_end_it(stopped: Path):
             assert watching.stdout is not None
             assert watching.stdout.readline() == b"step 1/4  loss 5.5000\n"
         interrupted.send_signal(signal.SIGINT)
-        assert interrupted.communicate(timeout=60) == (b"", b"\nmoxe: interrupted\n")
+        error = b"\nmoxe: stopped by SIGINT; the training is left alone\n"
+        assert interrupted.communicate(timeout=60) == (b"", error)
         assert interrupted.returncode == 130
         assert reader.stdout is not None
         assert reader.stderr is not None
@@ -226,6 +281,32 @@ def test_a_reader_that_has_seen_enough_and_ctrl_c_end_it(stopped: Path):
         assert reader.wait(timeout=60) == 0
         assert reader.stderr.read() == b""
         reader.stderr.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_terminal_as_it_was_with_the_last_view(stopped: Path, signum: signal.Signals):
+    ours, theirs = pty.openpty()
+    command, environment = [*PROGRAM, "watch", stopped], {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    output = b""
+    with (
+        FileLock(stopped / ".lock"),
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=subprocess.PIPE) as watching,
+    ):
+        os.close(theirs)
+        while b"router z-loss" not in output:
+            output += os.read(ours, 10_000)
+        watching.send_signal(signum)
+        with suppress(OSError):  # the other end was closed
+            while more := os.read(ours, 10_000):
+                output += more
+        assert watching.stderr is not None
+        assert watching.stderr.read().decode() == f"\nmoxe: stopped by {signum.name}; the training is left alone\n"
+    os.close(ours)
+    assert watching.returncode == 128 + signum
+    before, _, after = output.partition(b"\x1b[?1049l")
+    assert b"\x1b[?1049h" in before
+    assert b"\x1b[?1049h" not in after
+    assert b"router z-loss" in after
 
 
 def test_it_does_not_wait_for_torch(finished: Finished):

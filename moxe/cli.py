@@ -245,9 +245,10 @@ def plot(args: argparse.Namespace) -> None:
     runs = [find_run(run) for run in args.runs]
     if len(runs) > 1:
         settings = group_by_setting(runs)
-        pictures = draw_comparison(settings, args.out or Path("plots"))
-        for label, paths in settings.items():
-            print(f"{label}: {', '.join(map(str, paths))}")
+        cut_short: list[str] = []
+        pictures = draw_comparison(settings, args.out or Path("plots"), say=cut_short.append)
+        of_settings = [f"{label}: {', '.join(map(str, paths))}" for label, paths in settings.items()]
+        print("\n".join(map(printable, [*of_settings, *cut_short])))
     elif runs[0].label is not None:
         raise UserError(f"the label {runs[0].label!r} tells runs apart: give several runs, or leave it out")
     else:
@@ -638,8 +639,9 @@ utilisation of the experts, routing, gradients, tokens a second. Several runs sh
   moxe plot runs/full-0 runs/full-1 runs/no-group-0 runs/no-group-1
   moxe plot full=runs/a full=runs/b "no group loss=runs/c" --out figures
 
-Runs with the same label are one line, their mean, in a band from the least to the greatest of them. Without labels so
-are runs whose recipe.yaml differs in the seed alone; names, paths and how often a run logs do not count.""",
+Runs with the same label are one line, their mean, in a band from the least to the greatest of them, over the steps that
+all of them have. Without labels so are runs whose recipe.yaml differs in the seed alone; names, paths and how often a
+run validates and saves do not count.""",
     )
     sub.add_argument(
         "runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run, such as runs/default, or a metrics.jsonl"

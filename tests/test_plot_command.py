@@ -72,6 +72,30 @@ def test_labels_say_what_belongs_together(capsys: pytest.CaptureFixture[str]):
     assert sorted(map(str, Path("figures").iterdir())) == sorted(files("figures", OF_SEVERAL))
 
 
+def test_a_seed_that_ends_early_is_said_to_cut_the_line_of_its_setting(capsys: pytest.CaptureFixture[str]):
+    write_run(Path("runs/full-1"), 2, layers=1)
+    assert main(["plot", "runs/full-0", "runs/no-group-0", "runs/full-1"]) == 0
+    ends = "where runs/full-1/metrics.jsonl ends; its longest run goes to step 3"
+    assert capsys.readouterr().out.splitlines()[2] == f"group_loss_coef=0.01: drawn to step 2, {ends}"
+
+
+def test_runs_that_log_at_other_intervals_are_no_seeds_of_one_setting(capsys: pytest.CaptureFixture[str]):
+    recipe = Path("runs/full-1/recipe.yaml")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("logging_steps: 10", "logging_steps: 5"))
+    assert main(["plot", "runs/full-0", "runs/full-1"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "logging_steps=10: runs/full-0/metrics.jsonl",
+        "logging_steps=5: runs/full-1/metrics.jsonl",
+    ]
+
+
+def test_what_is_printed_of_a_recipe_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]):
+    for name, source in (("full-0", "a\x1b[2J"), ("full-1", "b\x1b[2J")):
+        load_recipe("default", {"data": {"source": source}}).save(Path("runs", name, "recipe.yaml"))
+    assert main(["plot", "runs/full-0", "runs/full-1"]) == 0
+    assert capsys.readouterr().out.startswith("source=a\\x1b[2J: runs/full-0/metrics.jsonl\nsource=b\\x1b[2J: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

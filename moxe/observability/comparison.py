@@ -71,7 +71,10 @@ class Curve:
 
 
 def draw_comparison(
-    settings: Mapping[str, Sequence[str | Path]], output_dir: str | Path, formats: Sequence[str] = FORMATS
+    settings: Mapping[str, Sequence[str | Path]],
+    output_dir: str | Path,
+    formats: Sequence[str] = FORMATS,
+    say: Callable[[str], object] = print,
 ) -> list[Path]:
     """Draw runs on common axes.
 
@@ -79,6 +82,7 @@ def draw_comparison(
         settings: by label the metrics.jsonl of each run of that setting.
         output_dir: made if it is not there, once everything is drawn.
         formats: endings of the files.
+        say: is given a sentence, once all is written, for each setting whose runs do not end at the same step.
 
     Returns:
         The files written: losses, speed and, if a setting has routers, routing and utilisation.
@@ -93,7 +97,12 @@ def draw_comparison(
         "routing": _draw_by_layer(drawn, ROUTING_PANELS, _of_layer),
         "utilisation": _draw_by_layer(drawn, _LOAD_PANELS, _of_load),
     }
-    return save_all({name: figure for name, figure in figures.items() if figure is not None}, Path(output_dir), formats)
+    drawn_figures = {name: figure for name, figure in figures.items() if figure is not None}
+    written = save_all(drawn_figures, Path(output_dir), formats)
+    for setting in drawn:
+        if (sentence := _cut_short(setting, settings[setting.label])) is not None:
+            say(sentence)
+    return written
 
 
 def curve(lines_of_runs: Sequence[list[dict[str, Any]]], quantity: _Quantity) -> Curve | None:
@@ -124,6 +133,23 @@ def _read_setting(place: int, label: str, paths: Sequence[str | Path]) -> Settin
         linestyle=_LINES[place // len(COLOURS) % len(_LINES)],
         offset=place * 0.37 % 1,
     )
+
+
+def _cut_short(setting: Setting, paths: Sequence[str | Path]) -> str | None:
+    """How far a setting is drawn if its runs do not end at the same step, else None."""
+    ends = [run.training[-1]["step"] for run in setting.runs]
+    if min(ends) == max(ends):
+        return None
+    common = curve([run.training for run in setting.runs], _value("step"))
+    assert common is not None  # or it would not have been read
+    last = int(common.steps[-1])
+    shortest = [str(path) for path, end in zip(paths, ends, strict=True) if end == min(ends)]
+    reason = (
+        f"where {', '.join(shortest)} {'ends' if len(shortest) == 1 else 'end'}"
+        if last == min(ends)
+        else "the last that all of its runs have a line for"
+    )
+    return f"{setting.label}: drawn to step {last:,}, {reason}; its longest run goes to step {max(ends):,}"
 
 
 def _draw_losses(settings: Sequence[Setting]) -> Figure:

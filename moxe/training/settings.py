@@ -17,10 +17,10 @@ from moxe.training.checkpoint import METRICS, RECIPE
 from moxe.training.run_folder import MAY_CHANGE
 
 # Seeds of one setting differ in nothing else: in what a run may go on with, but for what decides how fast it trains,
-# which may be what is compared.
+# which may be what is compared, and over how many steps each of its lines is a mean.
 _OF_A_SEED = {
     "data": MAY_CHANGE["data"],
-    "training": MAY_CHANGE["training"] - {"num_threads"} | {"seed"},
+    "training": MAY_CHANGE["training"] - {"num_threads", "logging_steps"} | {"seed"},
     "model": MAY_CHANGE["model"] - {"backend"},
 }
 _LONGEST_DIFFERENCE = 48  # letters, of a label made of settings
@@ -89,7 +89,7 @@ def group_by_setting(runs: Sequence[GivenRun]) -> dict[str, list[Path]]:
     """The metrics.jsonl of the runs of each setting, by its label, in the order given.
 
     Runs with one label are of one setting. Of those without, runs are whose recipes differ in the seed alone, in names,
-    paths and in how often they log, validate and save; a run without recipe.yaml is a setting of its own. Those are
+    paths and in how often they validate and save; a run without recipe.yaml is a setting of its own. Those are
     called by the settings that tell them apart if all of that is short, else by what the names of their folders have in
     common.
 

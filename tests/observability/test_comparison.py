@@ -103,6 +103,29 @@ def test_seeds_are_drawn_where_all_of_them_have_a_line(tmp_path: Path, drawn: di
     assert [x for x, _ in points(axes, 1)] == [3, 6, 9]
 
 
+def test_how_far_a_setting_is_drawn_is_said_where_its_runs_do_not_end_together(
+    tmp_path: Path, drawn: dict[str, Figure]
+):
+    ends = {"a": 4, "b": 2, "c": 4, "d": 2}
+    a, b, c, d = (write_run(tmp_path / name, lines, every=50) for name, lines in ends.items())
+    said: list[str] = []
+    draw_comparison({"full": [a, b], "same": [c]}, tmp_path / "plots", say=said.append)
+    assert said == [f"full: drawn to step 100, where {b} ends; its longest run goes to step 200"]
+    (axes,) = drawn["speed"].axes
+    assert points(axes, 0)[-1][0] == 100
+
+    said.clear()
+    draw_comparison({"same": [a, c], "three": [b, c, d]}, tmp_path / "plots", say=said.append)
+    assert said == [f"three: drawn to step 100, where {b}, {d} end; its longest run goes to step 200"]
+
+    said.clear()
+    other = write_run(tmp_path / "e", 3, every=30)
+    draw_comparison({"mixed": [write_run(tmp_path / "f", 4, every=20), other]}, tmp_path / "plots", say=said.append)
+    assert said == [
+        "mixed: drawn to step 60, the last that all of its runs have a line for; its longest run goes to step 90"
+    ]
+
+
 def test_a_number_that_is_not_finite_is_a_gap(tmp_path: Path, drawn: dict[str, Figure]):
     paths = [write_run(tmp_path / "a", 4), write_run(tmp_path / "b", 4, shift=0.5)]
     records = read_lines(paths[0])

@@ -96,9 +96,9 @@ def test_what_is_no_run_is_refused(runs, text, sentence):
 # Seeds of one setting
 
 
-def test_runs_that_differ_in_seed_name_place_and_logging_are_seeds_of_one_setting(runs):
+def test_runs_that_differ_in_seed_name_place_and_validation_are_seeds_of_one_setting(runs):
     runs("runs/full-0")
-    runs("elsewhere/full-1", training__seed=1, training__logging_steps=3, training__eval_steps=7, data__cache_dir="/c")
+    runs("elsewhere/full-1", training__seed=1, training__save_steps=3, training__eval_steps=7, data__cache_dir="/c")
     assert grouped("runs/full-0", "elsewhere/full-1") == {"full": ["runs/full-0", "elsewhere/full-1"]}
 
 
@@ -109,6 +109,8 @@ def test_runs_that_differ_in_seed_name_place_and_logging_are_seeds_of_one_settin
         ({"training__learning_rate": 1e-4}, ["learning_rate=0.003", "learning_rate=0.0001"]),
         ({"model__backend": "cpu"}, ["backend=auto", "backend=cpu"]),
         ({"training__num_threads": 1}, ["num_threads=None", "num_threads=1"]),
+        # A line is the mean over the steps since the last one: those of other spans have no mean of their own.
+        ({"training__logging_steps": 5}, ["logging_steps=10", "logging_steps=5"]),
         (
             {"model__gamma": 0.0, "model__router_bias": False},
             ["gamma=0.7, router_bias=True", "gamma=0, router_bias=False"],

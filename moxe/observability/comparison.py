@@ -230,6 +230,11 @@ def _draw_by_layer(
             _draw(axis, setting, _training(setting, quantity(key, layer)))
         if key == "mlstm_share":
             axis.axhline(0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
+    for column in range(len(panels)):  # so that the layers of a quantity can be compared by eye
+        of_quantity = axes[column :: len(panels)]
+        lows, highs = zip(*(axis.get_ylim() for axis in of_quantity), strict=True)
+        for axis in of_quantity:
+            axis.set_ylim(min(lows), max(highs))
     _explain(figure, settings)
     return figure
 

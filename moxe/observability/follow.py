@@ -31,6 +31,8 @@ class RunState:
         name: what a person calls the run.
         settings: those of its recipe by section; those that are missing are not known.
         recent: the last training lines, the latest at the end.
+        first_step: of the first training line; 0 before it.
+        curves: each term of the loss over all training lines; a NaN where a line lacks it.
         layers: the routing of the last training line, L objects.
         validation: the last validation line; None before the first.
         warnings: what the routing watch has said, each with its step.
@@ -39,10 +41,13 @@ class RunState:
     name: str
     settings: Settings
     recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=CHANGE_LINES + 1))
+    first_step: int = 0
+    curves: dict[str, list[float]] = field(default_factory=dict)
     layers: list[RoutingStatistics] = field(default_factory=list)
     validation: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     routing_watch: RoutingWatch = field(init=False)
+    _lines: int = field(init=False, default=0)  # of training
 
     def __post_init__(self) -> None:
         self.routing_watch = RoutingWatch(self.settings.get("model", {}))
@@ -58,6 +63,12 @@ class RunState:
             self.validation = record
             return []
         self.recent.append(record)
+        self.first_step = self.first_step or record["step"]
+        self._lines += 1
+        for term in loss_terms(record):
+            curve = self.curves.setdefault(term, [])
+            curve += [math.nan] * (self._lines - 1 - len(curve))
+            curve.append(float(record[term]))
         if not layers:  # a model without routers, or the line of a step that ended the run
             return []
         self.layers = layers

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Group
@@ -21,6 +22,8 @@ _NAMES = {"lm_loss": "cross-entropy", "z_loss": "router z-loss", "load_balancing
 # Widths of columns, each followed by a space, and the bar between the groups.
 _LABEL, _CELL, _EXTREME, _BAR = 6, 4, 9, "| "
 _HEADINGS = ("     difficulty  router group", "  mean variance entropy     M")
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_LEAST_CURVE = 10  # letters
 # From idle to busy, by the load as a multiple of the even share; readable on dark and light terminals alike.
 _COLOURS = (
     (0.25, "black on grey93"),
@@ -34,11 +37,14 @@ _DEAD = "bold white on dark_red"
 _WARNING_LINES = 5
 
 
-def view(state: RunState, width: int, height: int) -> Group:
+def view(state: RunState, width: int, height: int, *, has_blocks: bool = True) -> Group:
     """The run on a terminal of `width` columns and `height` lines; what does not fit is folded, never broken.
 
     Of layers that do not fit those with the least busy experts are shown; of experts that do not fit in a line, the
     least and the most loaded of each group.
+
+    Args:
+        has_blocks: whether the terminal can show the blocks that curves are drawn with; they are left out otherwise.
     """
     lines = [*_head(state), Text()]
     if not state.recent:
@@ -46,7 +52,8 @@ def view(state: RunState, width: int, height: int) -> Group:
     else:
         terms = loss_terms(state.recent[-1])
         # The head, blank lines, titles, two layers; the first two terms, the loss and the cross-entropy, in any case.
-        lines += _losses(state, terms[: max(2, height - 11 - (_WARNING_LINES if state.warnings else 0))])
+        shown = terms[: max(2, height - 11 - (_WARNING_LINES if state.warnings else 0))]
+        lines += _losses(state, shown, width if has_blocks else 0)
         lines.append(Text())
         room = height - len(lines) - (_WARNING_LINES if state.warnings else 0)
         lines += _layers(state, width, room)
@@ -94,25 +101,39 @@ def _head(state: RunState) -> list[Text]:
         second.append(f"gradient norm {last['gradient_norm']:.2f}")
     if last.get("skipped_steps"):
         second.append(f"{last['skipped_steps']:,} steps skipped")
+    if state.validation is not None:
+        second.append(f"validated at {state.validation['step']:,}")
     return [first, Text("  ".join(second))]
 
 
-def _losses(state: RunState, terms: Sequence[str]) -> list[Text]:
-    last, validation = state.recent[-1], state.validation
+def _losses(state: RunState, terms: Sequence[str], width: int) -> list[Text]:
+    """Each term: its last value, by how much it has changed, in the last validation, and its curve where that fits."""
+    last, validation = state.recent[-1], state.validation or {}
     lines = min(CHANGE_LINES, len(state.recent) - 1)
-    over = f"over {lines} lines"
-    heading = f"{'':<20}{'last':>10}{over:>16}"
-    if validation is not None:
-        at = f"validation, step {validation['step']:,}"
-        heading += f"{at:>28}"
-    rows = [Text(heading, style="bold")]
+    over = f"over {lines} line{'s' if lines > 1 else ''}" if lines else ""
+    heading = f"{'':<17}{'last':>9}{over:>15}{'validation' if validation else '':>13}  "
+    room = width - len(heading)
+    rows = [Text(heading + (f"from step {state.first_step:,}" if room >= _LEAST_CURVE else ""), style="bold")]
     for term in terms:
         change = state.change(term)
-        row = f"{_name(term):<20}{last[term]:>10.4f}{'' if change is None else f'{change:+.4f}':>16}"
-        if validation is not None and f"validation_{term}" in validation:
-            row += f"{validation['validation_' + term]:>28.4f}"
-        rows.append(Text(row))
+        row = f"{_name(term):<17}{last[term]:>9.4f}{'' if change is None else f'{change:+.4f}':>15}"
+        validated = validation.get(f"validation_{term}")
+        row += f"{'' if validated is None else f'{validated:.4f}':>13}  "
+        rows.append(Text(row + (sparkline(state.curves[term], room) if room >= _LEAST_CURVE else "")))
     return rows
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A letter for each part of the values, as high as their mean; blank where no value is finite."""
+    columns = min(width, len(values))
+    bounds = [len(values) * column // columns for column in range(columns + 1)]
+    parts = [[value for value in values[begin:end] if math.isfinite(value)] for begin, end in pairwise(bounds)]
+    means = [math.fsum(part) / len(part) if part else math.nan for part in parts]
+    least = _least(means)
+    height = _most(means) - least or 1
+    return "".join(
+        " " if math.isnan(mean) else _BLOCKS[round((len(_BLOCKS) - 1) * (mean - least) / height)] for mean in means
+    )
 
 
 # The layers

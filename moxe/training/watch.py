@@ -40,9 +40,12 @@ def watch_run(run: str | Path, console: Console, wait: Callable[[], object] = _w
         Stopped: when SIGINT, SIGTERM or SIGHUP asked for the end; a terminal is as it was before, with the last view.
     """
     path = Path(os.path.expanduser(run))
+    if path.name == METRICS and path.is_file():
+        path = path.parent
     if not path.is_dir():
         raise UserError(
-            f"there is no run folder {str(run)!r}: give the one that moxe train writes, such as runs/default"
+            f"there is no run folder {str(run)!r}: give the one that moxe train writes, such as runs/default; a "
+            "training that has just begun makes it when its data is prepared"
         )
     follower = MetricsFollower(path / METRICS, lambda: RunState(printable(str(path)), _settings(path)))
     looks = _looks(follower, path, wait)
@@ -102,13 +105,15 @@ def _looks(follower: MetricsFollower, run: Path, wait: Callable[[], object]) -> 
 
 def _show(follower: MetricsFollower, looks: Iterator[Look], console: Console) -> None:
     """On a screen of its own, so that a terminal of another size is no trouble; the last view stays behind."""
+    has_blocks = not console.options.ascii_only
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             for _ in looks:
-                live.update(view(follower.state, console.width, console.height), refresh=True)
+                drawn = view(follower.state, console.width, console.height, has_blocks=has_blocks)
+                live.update(drawn, refresh=True)
     finally:
         if follower.state.recent:
-            console.print(view(follower.state, console.width, console.height - 2))
+            console.print(view(follower.state, console.width, console.height - 2, has_blocks=has_blocks))
 
 
 def _print_lines(follower: MetricsFollower, looks: Iterator[Look]) -> None:

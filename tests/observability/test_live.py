@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moxe.observability.follow import RunState
-from moxe.observability.live import plain_line, view
+from moxe.observability.live import plain_line, sparkline, view
 from moxe.observability.watch import STEPS
 
 LOSSES = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
@@ -77,9 +77,16 @@ def test_the_default_recipe_is_shown_whole(width: int, height: int):
     state.add({"step": 100, **{f"validation_{term}": 6.125 for term in LOSSES}, "validation_layers": []}, "here")
     lines = drawn(state, width, height)
     assert lines[0].split("  ") == ["step 120 of 545 (22%)", "about 1 min left", "runs/default"]
-    assert lines[1].split("  ") == ["5,120 tokens/s", "learning rate 2.90e-03", "gradient norm 0.83"]
-    assert re.split("  +", lines[3].strip()) == ["last", "over 10 lines", "validation, step 100"]
-    assert re.split("  +", lines[5]) == ["cross-entropy", "5.8800", "-0.1000", "6.1250"]
+    assert lines[1].split("  ") == [
+        "5,120 tokens/s",
+        "learning rate 2.90e-03",
+        "gradient norm 0.83",
+        "validated at 100",
+    ]
+    assert re.split("  +", lines[3].strip()) == ["last", "over 10 lines", "validation", "from step 10"]
+    *numbers, curve = re.split("  +", lines[5])
+    assert numbers == ["cross-entropy", "5.8800", "-0.1000", "6.1250"]
+    assert (curve[0], curve[-1], len(curve)) == ("█", "▁", 12)  # a line each ten steps, falling
     assert [re.split("  +", text)[0] for text in lines[4:10]] == [
         "loss",
         "cross-entropy",
@@ -98,6 +105,20 @@ def test_the_default_recipe_is_shown_whole(width: int, height: int):
     bars = [[match.start() for match in re.finditer(r"\|", text)] for text in lines[12:16]]
     assert all(places == bars[0] and len(places) == 2 for places in bars)
     assert len(lines) == 16
+
+
+def test_a_curve_is_as_high_as_the_means_of_its_parts():
+    values = [0.0, 0.0, 7.0, 7.0, math.nan, 3.5, math.nan, math.nan]
+    assert sparkline(values, 4) == "▁█▅ "
+    assert sparkline(values, 8) == "▁▁██ ▅  "
+    assert sparkline(values, 80) == sparkline(values, 8)
+    assert sparkline([2.0, 2.0, math.inf], 3) == "▁▁ "
+
+
+def test_a_terminal_without_the_letters_of_curves_has_none():
+    lines = [text.plain for text in view(state_of(120), 120, 40, has_blocks=False).renderables]
+    assert lines[3].split() == ["last", "over", "10", "lines"]
+    assert not any("▁" in line for line in lines)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)

@@ -205,8 +205,18 @@ def test_what_cannot_be_watched_is_one_sentence(capsys: pytest.CaptureFixture[st
     (tmp_path / "spoilt").mkdir()
     (tmp_path / "spoilt" / "metrics.jsonl").write_text("{}\n")
     for name, sentence in [
-        ("missing", "there is no run folder '{}': give the one that moxe train writes, such as runs/default"),
-        ("file", "there is no run folder '{}': give the one that moxe train writes, such as runs/default"),
+        (
+            "missing",
+            "there is no run folder '{}': give the one that moxe train writes, such as runs/default; "
+            "a training "
+            "that has just begun makes it when its data is prepared",
+        ),
+        (
+            "file",
+            "there is no run folder '{}': give the one that moxe train writes, such as runs/default; "
+            "a training "
+            "that has just begun makes it when its data is prepared",
+        ),
         ("empty", "nobody is training in {}, and its metrics.jsonl holds nothing to show: start moxe train first"),
         ("spoilt", "line 1 of {}/metrics.jsonl has no step, so no training wrote it"),
     ]:

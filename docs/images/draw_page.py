@@ -23,7 +23,7 @@ from moxe.recipe import load_recipe
 
 PICTURE = Path(__file__).with_name("explore.png")
 SIZE = {"width": 1280, "height": 740}
-SHOWN = 1170  # of the page, from its top
+SHOWN = 1215  # of the page, from its top
 LENGTH = range(2_500, 6_000)  # of the document, in characters
 
 

@@ -77,7 +77,7 @@ function shadeText(parts, model, tokens, { measure, layer }, ends) {
   }
   const values = valuesOf(model, measure, layer);
   const step = (ends[1] - ends[0]) / SHADES;
-  const digits = step > 0 ? Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(step)))) : 2; // that tell the shades apart
+  const digits = step > 0 ? Math.min(6, Math.max(2, -Math.floor(Math.log10(step)))) : 2; // that tell the shades apart
   tokens.forEach((token, index) => {
     token.className = `s${shadeOf(values[index], ends)}`;
     const value = values[index] === null ? "none" : decimal(values[index], digits) + unit;

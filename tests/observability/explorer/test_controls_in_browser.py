@@ -396,6 +396,11 @@ def test_models_with_different_tokenizers_show_the_same_place_of_the_text(visiti
         found = int(selected(visited.page)[0])
         assert len("".join(merged[:found])) <= start + 1 < len("".join(merged[: found + 1]))
         assert of_bytes[start + 1] == TEXT[start + 1]
+        part = of_bytes.index("")  # the second byte of a character belongs to the same place as the first
+        views.nth(1).locator(f'[data-token="{part}"]').focus()
+        found = int(selected(visited.page)[0])
+        place = len("".join(of_bytes[: part - 1]))
+        assert len("".join(merged[:found])) <= place < len("".join(merged[: found + 1]))
 
 
 def test_a_text_of_one_token_has_a_page(visiting: Open, explored, tmp_path: Path):
@@ -403,6 +408,9 @@ def test_a_text_of_one_token_has_a_page(visiting: Open, explored, tmp_path: Path
     with visiting(tmp_path / "page.html") as visited:
         visited.page.locator("[data-token]").click()
         assert "Here the text ends." in details(visited.page)
+        assert visited.page.locator(".warning").count() == 0
+        assert visited.page.get_by_text("too short a text to say").count() == 3
+        assert visited.page.get_by_text(re.compile(r"\b1 tokens")).count() == 0
 
 
 def test_pages_of_the_command_open_for_one_checkpoint_and_for_two(visiting: Open, tokenizer, tmp_path: Path, capsys):
@@ -456,3 +464,26 @@ def test_two_models_share_the_colours_of_the_load(visiting: Open, made_pair: tup
         most = max(by_load, key=float)
         brightest = [colour for load, colours in by_load.items() for colour in colours if load != most]
         assert not by_load[most] & set(brightest)  # the fullest cell of the page, and no other, is the darkest
+
+
+def test_the_words_of_a_page_without_difficulty_do_not_speak_of_it(visiting: Open, explored, tmp_path: Path):
+    write_page(
+        [explored("standard", router_kind="standard", expert_kind="slstm")[1]], tmp_path / "page.html", text_name="a"
+    )
+    with visiting(tmp_path / "page.html") as visited:
+        assert "how hard" not in visited.page.locator("header").inner_text()
+        assert "γ" not in visited.page.locator('[data-part="facts"]').inner_text()
+        assert "mLSTM" not in visited.page.locator("#measure").text_content()
+
+
+def test_a_narrower_window_has_narrower_charts(page: Any):
+    def widest() -> float:
+        return page.evaluate(
+            "Math.max(...[...document.querySelectorAll('[data-part=memory] svg')].map(one => one.clientWidth))"
+        )
+
+    before = widest()
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.wait_for_timeout(200)
+    assert widest() < before
+    assert widest() <= 380

@@ -250,6 +250,29 @@ def test_the_cards_of_experts_tell_load_and_memory(page: Any, whole: Whole):
             ]
 
 
+def test_the_cards_of_experts_tell_what_each_likes_as_plain_counts_do(page: Any, made: Made, whole: Whole):
+    token_ids = made.exploration.token_ids
+    liked = 0
+    for layer in range(3):
+        page.locator('[data-part="experts-layer"]').select_option(str(layer))
+        for expert in range(4):
+            card = page.locator(".card").nth(expert)
+            received = (whole.experts[layer] == expert).any(1)
+            assert received.mean() == shown(re.search(r"receives ([\d.]+%) of all tokens", card.inner_text())[1])
+            table = rows(card.locator("table")) if card.locator("table").count() else []
+            for name, counts, part in table:
+                chosen, occurrences = map(number, counts.split(" of "))
+                assert (chosen, occurrences) in {
+                    (int((received & (token_ids == token)).sum()), int((token_ids == token).sum()))
+                    for token, text in made.exploration.vocabulary.items()
+                    if readable(text) == name
+                }
+                assert chosen / occurrences == shown(part)
+                assert chosen / occurrences > received.mean()
+                liked += 1
+    assert liked > 0
+
+
 def test_the_slopes_and_moments_are_those_of_plain_least_squares(page: Any, whole: Whole):
     table = rows(page.locator('[data-part="theory-table"] table'))
     assert len(table) == 3

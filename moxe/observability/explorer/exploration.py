@@ -31,7 +31,7 @@ from moxe.observability.watch import CONSTANT_VARIANCE
 
 NEXT_TOKENS = 5
 DIFFERENT_TOKENS = 30  # that a text must have before its difficulties say more of the router than of the text
-_DECIMALS = 4  # of what is written into the page
+_DECIMALS = 5  # of what is written into the page
 
 
 @dataclass(frozen=True, eq=False)

@@ -487,3 +487,25 @@ def test_a_narrower_window_has_narrower_charts(page: Any):
     page.wait_for_timeout(200)
     assert widest() < before
     assert widest() <= 380
+
+
+def test_the_focus_is_not_lost_where_what_has_it_is_drawn_anew_or_goes(page: Any):
+    cell(page, 1, "S2").focus()
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("document.activeElement.ariaLabel").startswith("layer 1, expert S2")
+    page.keyboard.press("Enter")
+    page.locator("#first").focus()
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "clear"
+
+
+def test_the_chosen_cell_and_the_focused_cell_are_told_apart(page: Any):
+    cell(page, 0, "S2").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowRight")
+    chosen, focused_one = (
+        cell(page, 0, name).evaluate("one => [getComputedStyle(one).stroke, getComputedStyle(one).strokeDasharray]")
+        for name in ("S2", "S3")
+    )
+    assert chosen[0] != focused_one[0]
+    assert chosen[1] != focused_one[1]

@@ -16,7 +16,7 @@ import torch
 from moxe.observability.memory import memory_of_experts, record_memory
 from tests.observability.explorer.conftest import CORPUS, TEXT, Made, Open
 
-STORED = 0.5e-4  # numbers are rounded to four decimals before the page rounds them for its reader
+STORED = 0.5e-5  # numbers are rounded to five decimals before the page rounds them for its reader
 GAMMA = 0.7
 
 

@@ -5,8 +5,8 @@ function memoryOf(model, layer) {
   return memory.includes(null) ? null : memory;
 }
 
-// `models` are all of the page, which share the axis of memory.
-function showExperts(parts, model, models, layer, chosen, choose) {
+// `most` is where the axis of memory ends, of all models of the page.
+function showExperts(parts, model, layer, most, chosen, choose) {
   const memory = memoryOf(model, layer);
   const { name, tokens, routed_tokens } = model.corpus;
   parts["experts-note"].textContent =
@@ -16,7 +16,6 @@ function showExperts(parts, model, models, layer, chosen, choose) {
       ? "These experts keep no memory."
       : "Memory: an expert sees only the tokens routed to it, its own sub-sequence, in which the start token before the text " +
         "counts too. Each of them leaves a part of what was there before, its forget gate, in every head (mLSTM) or unit (sLSTM).");
-  const most = d3.max(models, (one) => (layer in one.layers ? mostReach(memoryOf(one, layer) ?? []) : 0));
   parts.memory.replaceChildren(...(memory === null || most === 0 ? [] : [memoryFigure(parts, model, memory, most)]));
   const cards = d3.range(model.settings.num_experts).map((expert) => {
     const title = `${expertName(model, expert)}, layer ${layer}`;
@@ -58,8 +57,8 @@ function likes(model, { part, likings }) {
   );
 }
 
-function mostReach(memory) {
-  return d3.max(memory, ({ tokens, reach_quantiles, reach_bound }) => (tokens === 0 ? 0 : (reach_quantiles[2] ?? reach_bound))) ?? 0;
+function mostReach(model, layer) {
+  return d3.max(memoryOf(model, layer) ?? [], ({ tokens, reach_quantiles, reach_bound }) => (tokens === 0 ? 0 : (reach_quantiles[2] ?? reach_bound))) ?? 0;
 }
 
 function memoryWords({ tokens, mean_forget_gate, reach_quantiles, reach_bound }) {

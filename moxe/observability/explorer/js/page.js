@@ -42,10 +42,12 @@ class View {
 
   // Charts take their colours and widths from the page, so they are drawn anew when it turns dark or narrow.
   draw() {
+    const focused = this.load?.buttons.indexOf(document.activeElement);
     this.load = showLoad(this.parts, this.model, models, (expert) => this.choose(expert));
     showTheory(this.parts, this.model, models);
     this.showExperts();
     markLoad(this.load, this.expert());
+    this.load.buttons[focused]?.focus({ preventScroll: true });
   }
 
   expert() {
@@ -69,12 +71,13 @@ class View {
   }
 
   showExperts() {
-    const layer = Math.min(state.expertsLayer, this.model.layers.length - 1);
+    const layer = expertsLayerOf(this.model);
     this.parts["experts-layer"].value = layer;
     const focused = this.parts.experts.contains(document.activeElement)
       ? document.activeElement.closest("[data-expert]")?.dataset.expert
       : undefined;
-    showExperts(this.parts, this.model, models, layer, this.expert(), (expert) => this.choose(expert));
+    const most = d3.max(models, (model) => mostReach(model, expertsLayerOf(model)));
+    showExperts(this.parts, this.model, layer, most, this.expert(), (expert) => this.choose(expert));
     if (focused !== undefined) this.parts.experts.querySelector(`[data-expert="${focused}"] button`).focus();
   }
 
@@ -181,6 +184,7 @@ function chooseExpert(expert) {
     view.showExperts();
   }
   const lit = expert === null ? 0 : expert.view.lit.size;
+  if (lit === 0 && document.activeElement === controls.first) controls.clear.focus();
   controls.first.hidden = lit === 0;
   const words = expert === null ? "all tokens" : `${count(lit)} of ${plural(expert.view.model.pieces.length, "token")}`;
   controls.first.textContent = `Go to the first of ${words}`;
@@ -192,6 +196,11 @@ function goToFirst() {
   tokens[Math.min(...lit)].focus();
 }
 
+// The last, where a model has fewer layers than the other.
+function expertsLayerOf(model) {
+  return Math.min(state.expertsLayer, model.layers.length - 1);
+}
+
 function showExpertsOf(layer) {
   state.expertsLayer = layer;
   views.forEach((view) => view.showExperts());
@@ -199,8 +208,9 @@ function showExpertsOf(layer) {
 
 function expertTitle({ view, layer, expert }) {
   const name = `${expertName(view.model, expert)} of layer ${layer}`;
-  const folder = view.model.name.replace(/[/\\]+$/, "").split(/[/\\]/).at(-1);
-  return models.length > 1 ? `${name}, ${folder}` : name;
+  const folders = models.map((model) => model.name.replace(/[/\\]+$/, "").split(/[/\\]/).at(-1));
+  if (models.length === 1) return name;
+  return `${name}, ${folders[0] === folders[1] ? view.model.name : folders[views.indexOf(view)]}`;
 }
 
 function fillControls() {

@@ -20,13 +20,8 @@ from moxe.models.checkpoint import load_config
 from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.observability.analysis import BANDS, MINIMUM_TOKENS
 from tests.models.tiny import tiny_model
+from tests.sentences import SENTENCES
 
-SENTENCES = [
-    "the old man and the sea went to the quiet town in the morning",
-    "she saw the green hill and the white house by the old road",
-    "in the town the man was quiet and the sea was green",
-    "a white bird went over the hill to the sea in the morning",
-]
 # One longer than a chunk of the model's reading, several of unequal lengths, an empty one and one of a single token.
 DOCUMENTS = [
     " ".join(SENTENCES[number % 4][shift:] for number in range(length))

@@ -26,13 +26,8 @@ from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.observability.explorer.exploration import Exploration
 from moxe.observability.memory import memory_of_experts, record_memory
 from tests.models.tiny import tiny_model
+from tests.sentences import SENTENCES
 
-SENTENCES = [
-    "the old man and the sea went to the quiet town in the morning",
-    "she saw the green hill and the white house by the old road",
-    "in the town the man was quiet and the sea was green",
-    "a white bird went over the hill to the sea in the morning",
-]
 TEXT = "\n".join(SENTENCES[number % 4][number:] for number in range(40)) + " €5 \N{GRINNING FACE}\n"
 K, EXPERTS = 2, 4
 

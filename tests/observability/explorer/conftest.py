@@ -19,13 +19,8 @@ from moxe.observability.explorer.exploration import Exploration
 from moxe.observability.explorer.page import write_page
 from tests.browser import Visit, launched, visit, why_unavailable
 from tests.models.tiny import tiny_model
+from tests.sentences import SENTENCES
 
-SENTENCES = [
-    "the old man and the sea went to the quiet town in the morning",
-    "she saw the green hill and the white house by the old road",
-    "in the town the man was quiet and the sea was green",
-    "a white bird went over the hill to the sea in the morning",
-]
 CORPUS = [" ".join(SENTENCES[number % 4][number % 7 :] for number in range(20))] * 3
 # Lines of unequal length, spaces at an end and in a row, characters of several tokens, and what HTML gives a meaning.
 TEXT = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import time
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moxe.experiments import MOST_TOKENS
+from moxe.experiments.exploration import explore
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.observability.estimates import Estimate
 from moxe.observability.explorer.exploration import Exploration, LayerExploration
@@ -19,7 +22,9 @@ from moxe.observability.explorer.page import write_page
 from moxe.observability.explorer.preferences import LIKINGS, Liking, Preferences
 from moxe.observability.memory import ExpertMemory
 from tests.browser import PHONE, TABLET, WIDE
-from tests.observability.explorer.conftest import SENTENCES, Made, Open
+from tests.models.tiny import tiny_model
+from tests.observability.explorer.conftest import TEXT, Made, Open
+from tests.sentences import SENTENCES
 
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA, of text of an ordinary size
 # Of every element with a text of its own: its words, its colour, and the colours behind it, the nearest first.
@@ -217,3 +222,26 @@ def seconds_of(page: Any, act: Any) -> float:
     act()
     page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)))")
     return time.monotonic() - begin
+
+
+def test_two_models_share_the_axes_of_memory_and_theory(visiting: Open, explored, tokenizer, tmp_path: Path):
+    other = explore(tiny_model(seed=1, vocab_size=300, num_hidden_layers=3), TEXT * 3, tokenizer, name="other")
+    write_page([explored("one")[1], other], tmp_path / "page.html", text_name="a text")
+    ticks = """all => all.map(one => [...one.querySelectorAll("g[aria-label$='tick label'] text")]
+      .map(text => [text.textContent, text.getAttribute("transform")])
+      .filter(([label]) => !/^[MS]/.test(label)))"""
+    with visiting(tmp_path / "page.html") as visited:
+        for charts in ('[data-part="memory"] svg', '[data-part="theory"] svg[role="img"]'):
+            first, second = (
+                view.locator(charts).evaluate_all(ticks) for view in visited.page.locator("section.model").all()
+            )
+            assert first == second
+            assert len(first) > 0
+            assert all(len(of_chart) > 3 for of_chart in first)
+
+
+def test_shades_stay_where_a_persons_own_colours_replace_all_others(visiting: Open, made: Made):
+    with visiting(made.path, forced_colors="active") as visited:
+        pictures = [shade.screenshot() for shade in visited.page.locator(".key li").all()]
+    corners = {Image.open(io.BytesIO(picture)).convert("RGB").getpixel((4, 4)) for picture in pictures}
+    assert len(corners) == len(pictures) == 7

@@ -36,7 +36,7 @@ from moxe.observability.estimates import (
     sums_by_group,
     wider,
 )
-from moxe.observability.watch import CONSTANT_VARIANCE
+from moxe.observability.routing_watch import CONSTANT_VARIANCE
 
 BLOCK_LENGTH = 256
 """Tokens of a document that are drawn together: what is said in one place is said with the same words."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from moxe.errors import UserError
 from moxe.observability.metrics import LARGEST_INTEGER, RoutingStatistics, check_line, is_number, parse_line
-from moxe.observability.watch import RoutingWatch
+from moxe.observability.routing_watch import RoutingWatch
 
 # The lines that a change is taken over.
 CHANGE_LINES = 10

@@ -12,7 +12,7 @@ from moxe.observability.analysis import (
     RoutingAnalysis,
 )
 from moxe.observability.estimates import Estimate
-from moxe.observability.watch import CONSTANT_VARIANCE
+from moxe.observability.routing_watch import CONSTANT_VARIANCE
 
 UNKNOWN = "-"
 TWO_GAMMA = "2\N{GREEK SMALL LETTER GAMMA}"

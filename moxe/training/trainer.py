@@ -34,7 +34,7 @@ from moxe.models.modeling_moxe import MoxEForCausalLM
 from moxe.models.packed import pack_tokens
 from moxe.observability.metrics import MetricsFile, RoutingStatistics
 from moxe.observability.routing import RoutingMeter
-from moxe.observability.watch import RoutingWatch
+from moxe.observability.routing_watch import RoutingWatch
 from moxe.training.callbacks import LastStep, Throughput
 from moxe.training.checkpoint import METRICS, PROGRESS, RECIPE, TRAINER_STATE, WEIGHTS, Checkpoints, read_json
 from moxe.training.config import TrainingConfig

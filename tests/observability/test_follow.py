@@ -12,7 +12,7 @@ import pytest
 from moxe.errors import UserError
 from moxe.observability.follow import CHANGE_LINES, MetricsFollower, RunState
 from moxe.observability.metrics import MetricsFile, RoutingStatistics
-from moxe.observability.watch import STEPS, RoutingWatch
+from moxe.observability.routing_watch import STEPS, RoutingWatch
 
 RECIPE = {"training": {"max_steps": 400, "num_epochs": 1.0}}
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from moxe.observability.follow import RunState
 from moxe.observability.live import plain_line, sparkline, view
-from moxe.observability.watch import STEPS
+from moxe.observability.routing_watch import STEPS
 
 LOSSES = ("loss", "lm_loss", "difficulty_loss", "group_loss", "z_loss", "load_balancing_loss")
 RECIPE = {"model": {"load_balancing_loss_coef": 0.01}, "training": {"max_steps": 545}}

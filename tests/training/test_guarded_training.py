@@ -189,7 +189,7 @@ def test_a_token_outside_the_vocabulary_is_one_sentence(make_trainer):
 
 
 def test_what_the_routing_watch_finds_is_said(make_trainer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moxe.observability.watch.STEPS", 5)
+    monkeypatch.setattr("moxe.observability.routing_watch.STEPS", 5)
     said: list[str] = []
     model = tiny_model(load_balancing_loss_coef=0.0, load_balancing="bias")
     with torch.no_grad():

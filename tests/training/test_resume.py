@@ -31,7 +31,7 @@ from moxe.data.corpus import Corpus, prepare
 from moxe.data.packing import Block, PackedStream
 from moxe.errors import PassingError, Stopped, UserError
 from moxe.manifest import write_manifest
-from moxe.observability import watch
+from moxe.observability import routing_watch
 from moxe.observability.metrics import MetricsFile, read_metrics
 from moxe.recipe import Recipe, load_recipe
 from moxe.training.checkpoint import Checkpoint, Checkpoints
@@ -253,7 +253,7 @@ def test_a_run_does_not_go_on_with_data_that_have_changed(text_file: Path, make_
 
 
 def test_what_the_watch_of_the_routing_has_seen_is_remembered(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(watch, "dead_bound", lambda num_experts: 2.0)  # no expert ever gets so much
+    monkeypatch.setattr(routing_watch, "dead_bound", lambda num_experts: 2.0)  # no expert ever gets so much
     whole = train(make_recipe(name="whole"), quiet()).path
     recipe = make_recipe(name="parts")
     stop(recipe, lambda patch: at_step(2, sender(signal.SIGTERM), patch))

@@ -27,7 +27,7 @@ from moxe.observability.analysis import (
 from moxe.observability.estimates import ClusterBootstrap, Estimate, Floats, Ints, least_squares_slopes
 from moxe.observability.explorer.preferences import Preferences, preferences
 from moxe.observability.memory import ExpertMemory
-from moxe.observability.watch import CONSTANT_VARIANCE
+from moxe.observability.routing_watch import CONSTANT_VARIANCE
 
 NEXT_TOKENS = 5
 DIFFERENT_TOKENS = 30  # that a text must have before its difficulties say more of the router than of the text

@@ -10,7 +10,7 @@ import pytest
 
 from moxe.models.configuration_moxe import MoxEConfig
 from moxe.observability.metrics import RoutingStatistics
-from moxe.observability.watch import STEPS, RoutingWatch, dead_bound
+from moxe.observability.routing_watch import STEPS, RoutingWatch, dead_bound
 from moxe.recipe import load_recipe, setting_types
 
 SETTINGS = MoxEConfig().to_dict()
